@@ -1,0 +1,97 @@
+//! Little-endian fields at fixed places. Every offset is derived from the field before it and
+//! FORMAT.md repeats them; a test compares the two.
+
+/// Declares consecutive fields: `name: length` in bytes; defines `name` as a byte range and
+/// `END` as the total.
+macro_rules! layout {
+    ($vis:vis mod $module:ident { $($field:ident : $len:expr),* $(,)? }) => {
+        #[allow(missing_docs, non_upper_case_globals, dead_code)] // reserved fields are written as zero
+        $vis mod $module {
+            use core::ops::Range;
+            layout!(@fields 0usize; $($field : $len),*);
+            /// Name, offset and length of every field, for the test that compares with FORMAT.md.
+            pub const FIELDS: &[(&str, usize, usize)] =
+                &[$((stringify!($field), $field.start, $field.end - $field.start)),*];
+        }
+    };
+    (@fields $at:expr; $field:ident : $len:expr, $($rest:tt)*) => {
+        pub const $field: Range<usize> = $at..$at + $len;
+        layout!(@fields $at + $len; $($rest)*);
+    };
+    (@fields $at:expr; $field:ident : $len:expr) => {
+        pub const $field: Range<usize> = $at..$at + $len;
+        pub const END: usize = $at + $len;
+    };
+}
+
+
+layout! {
+    pub(crate) mod header {
+        magic: 8, version: 2, header_len: 2, flags: 4,
+        volume: 16,
+        generation: 8,
+        prev_epoch: 8, prev_seq: 8,
+        epoch: 8, first_seq: 8, last_seq: 8,
+        first_time: 8, last_time: 8,
+        durable_epoch: 8, durable_seq: 8,
+        record_count: 4, aux_len: 4, frame_count: 4, stored_len: 4, raw_len: 4,
+        reserved: 4,
+        seal_key_id: 16, seal_nonce: 12, seal_reserved: 4,
+        prev_chain: 32,
+        chain: 32,
+        padding: 20,
+        crc: 4
+    }
+}
+
+layout! {
+    pub(crate) mod record {
+        kind: 1, flags: 1, aux_len: 2, aux_off: 4,
+        seq: 8, time: 8,
+        offset: 8, len: 8,
+        raw_off: 4, crc: 4
+    }
+}
+
+layout! {
+    pub(crate) mod frame {
+        raw_len: 4, stored_len: 4, crc: 4, codec: 1, padding: 3
+    }
+}
+
+/// Bytes of a batch header.
+pub(crate) const HEADER_LEN: usize = header::END;
+/// Bytes of an entry of the record table.
+pub(crate) const RECORD_LEN: usize = record::END;
+/// Bytes of an entry of the frame table.
+pub(crate) const FRAME_ENTRY_LEN: usize = frame::END;
+
+const _: () = assert!(HEADER_LEN == 256 && RECORD_LEN == 48 && FRAME_ENTRY_LEN == 16);
+
+/// Reads the bytes of a field. The caller has checked that `bytes` is long enough.
+pub(crate) fn array<const N: usize>(bytes: &[u8], at: core::ops::Range<usize>) -> [u8; N] {
+    let mut out = [0; N];
+    out.copy_from_slice(&bytes[at]);
+    out
+}
+
+pub(crate) fn u16_at(bytes: &[u8], at: core::ops::Range<usize>) -> u16 {
+    u16::from_le_bytes(array(bytes, at))
+}
+
+pub(crate) fn u32_at(bytes: &[u8], at: core::ops::Range<usize>) -> u32 {
+    u32::from_le_bytes(array(bytes, at))
+}
+
+pub(crate) fn u64_at(bytes: &[u8], at: core::ops::Range<usize>) -> u64 {
+    u64::from_le_bytes(array(bytes, at))
+}
+
+pub(crate) fn i64_at(bytes: &[u8], at: core::ops::Range<usize>) -> i64 {
+    i64::from_le_bytes(array(bytes, at))
+}
+
+/// A length or count of a format as `usize`; formats keep them in 32 bits.
+pub(crate) fn len_at(bytes: &[u8], at: core::ops::Range<usize>) -> usize {
+    u32_at(bytes, at) as usize
+}

@@ -1,0 +1,26 @@
+//! The change log: ONE format for spool, wire and journal.
+//!
+//! A batch is made once, by the source, and its bytes are what travels, what the spool keeps and
+//! what the journal keeps; every hop verifies them, none re-encodes them. FORMAT.md gives the
+//! layout byte by byte and the golden files in `golden/` pin it.
+//!
+//! Untrusted bytes have another type than checked ones: [`RawBatch`] (lengths are possible) →
+//! [`CheckedBatch`] (checksums and chain agree, every record is well formed) → [`Record`].
+//! This crate does no I/O.
+#![forbid(unsafe_code)]
+
+pub mod codec;
+pub mod limits;
+
+mod batch;
+mod build;
+mod frame;
+mod layout;
+mod record;
+
+pub use batch::{BatchError, BatchHeader, CheckedBatch, RawBatch};
+pub use build::{BatchBuilder, BatchContext, EncodedBatch};
+pub use frame::{Codec, FrameEntry};
+pub use record::{
+    EpochStart, HashPurpose, Marker, MarkerState, PayloadRef, Record, RecordBody, RecordError,
+};

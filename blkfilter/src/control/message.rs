@@ -1,0 +1,295 @@
+//! Messages of the control socket. Descriptors mirror the record kinds of the change log; payload
+//! stays in the pool.
+
+use std::path::PathBuf;
+
+use farshore_extent::{
+    BlockSizes, CaptureOrder, Epoch, Extent, GroupId, Lsn, MarkerId, PointKind, Seq, VolumeId,
+    VolumeName, VolumeSize, WallTime,
+};
+use serde::{Deserialize, Serialize};
+
+/// What can be asked.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Request {
+    /// Every protected volume and its state.
+    List,
+    /// Start protecting a backing device. Runs the preflight first.
+    Protect(ProtectRequest),
+    /// The preflight of `Protect` alone: every failed prerequisite, nothing changed.
+    Preflight(ProtectRequest),
+    /// Stop protecting; the backing device keeps its content. Refused while clients are connected
+    /// unless `force`.
+    Unprotect {
+        /// Which volume.
+        name: VolumeName,
+        /// Disconnect clients first.
+        force: bool,
+    },
+    /// Cut a marker over the volumes, at one number of the host's counter.
+    Marker(MarkerRequest),
+    /// The outcome of a pending marker.
+    ResolveMarker {
+        /// Which.
+        marker: MarkerId,
+        /// Commit or abort.
+        commit: bool,
+    },
+    /// Wait until everything captured so far is durable at the target.
+    Drain {
+        /// Which volume.
+        volume: VolumeId,
+        /// Give up after this many milliseconds with [`Reply::Drained`] `false`.
+        timeout_ms: u32,
+    },
+    /// Agent: the pool of a volume. The reply carries its descriptor.
+    OpenPool {
+        /// Which volume.
+        volume: VolumeId,
+    },
+    /// Agent: the records after `after`, in order. Waits until `want_bytes` of payload, a marker,
+    /// or `wait_ms` after the first record; up to `idle_ms` when there is none at all.
+    Fetch {
+        /// Which volume.
+        volume: VolumeId,
+        /// Last place the agent has; places of an older epoch mean "from the start".
+        after: Lsn,
+        /// Enough payload to answer at once, in bytes.
+        want_bytes: u32,
+        /// Longest wait after the first record, in milliseconds.
+        wait_ms: u32,
+        /// Longest wait without any record, in milliseconds.
+        idle_ms: u32,
+    },
+    /// Agent: everything up to here is durable at the target; the pool may reuse it.
+    Release {
+        /// Which volume.
+        volume: VolumeId,
+        /// Last durable place.
+        upto: Lsn,
+    },
+    /// Agent: the target cannot follow the log (it lost acknowledged data, or its history is
+    /// unknown): send everything again through the stream. Slow, never wrong.
+    Recopy {
+        /// Which volume.
+        volume: VolumeId,
+        /// Shown in status and log.
+        reason: String,
+    },
+    /// Limit of the copy loop in bytes a second; 0 is none.
+    CopyRate {
+        /// Which volume.
+        volume: VolumeId,
+        /// Bytes per second.
+        bytes_per_second: u64,
+    },
+}
+
+/// The answers, one for each kind of request.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Reply {
+    /// To `List`.
+    Volumes(Vec<VolumeStatus>),
+    /// To `Protect`.
+    Protected(VolumeInfo),
+    /// To `Preflight`: the failed prerequisites; empty means ready.
+    Preflight(Vec<farshore_extent::Problem>),
+    /// To `Marker`.
+    Marker(MarkerPlaced),
+    /// To `Drain`: whether it was reached in time.
+    Drained(bool),
+    /// To `OpenPool`; comes with the descriptor of a sealed memfd of `len` bytes.
+    Pool {
+        /// Bytes to map.
+        len: u64,
+    },
+    /// To `Fetch`.
+    Fetched(Fetched),
+    /// Done.
+    Done,
+}
+
+/// Kind of backing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendKind {
+    /// A block device.
+    Block,
+    /// A raw image file.
+    File,
+}
+
+/// Start protecting.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProtectRequest {
+    /// Its name.
+    pub name: VolumeName,
+    /// Block device or raw image file.
+    pub backing: PathBuf,
+    /// Unix socket to serve NBD on; none: `<run directory>/nbd/<name>.sock`.
+    pub nbd_socket: Option<PathBuf>,
+    /// Pool size in bytes; none: the daemon's default.
+    pub pool_bytes: Option<u64>,
+}
+
+/// What a protected volume is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Identity, made at the first protect.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: VolumeName,
+    /// Block device or raw image file.
+    pub backing: PathBuf,
+    /// Which of the two.
+    pub backend: BackendKind,
+    /// Size in bytes.
+    pub size: VolumeSize,
+    /// Block sizes in bytes.
+    pub blocks: BlockSizes,
+    /// Where NBD clients connect.
+    pub nbd_socket: PathBuf,
+    /// Epoch of this run.
+    pub epoch: Epoch,
+}
+
+/// How far the copy loop is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CopyProgress {
+    /// Bytes still to be sent (upper bound: whole chunks).
+    pub remaining_bytes: u64,
+    /// Bytes there were when this catch-up began.
+    pub total_bytes: u64,
+    /// Rate of the last seconds, bytes per second.
+    pub bytes_per_second: u64,
+}
+
+/// Live state of a protected volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// What it is.
+    pub info: VolumeInfo,
+    /// Ordered or catching up.
+    pub order: CaptureOrder,
+    /// Why it is catching up; empty when ordered.
+    pub reason: String,
+    /// Copy loop.
+    pub copy: CopyProgress,
+    /// Last place with a record.
+    pub captured: Lsn,
+    /// Last place released by the agent (durable at the target).
+    pub released: Lsn,
+    /// Capture time of the oldest record not released; zero when there is none.
+    pub oldest_unreleased: WallTime,
+    /// Payload in the pool, in bytes.
+    pub pool_used: u64,
+    /// Size of the pool in bytes.
+    pub pool_bytes: u64,
+    /// Clients connected to the front end.
+    pub clients: u32,
+    /// Guest writes and zeroes since the daemon started.
+    pub writes: u64,
+    /// Bytes of them.
+    pub written_bytes: u64,
+    /// Guest reads since the daemon started.
+    pub reads: u64,
+    /// Failed backing requests since the daemon started.
+    pub backing_errors: u64,
+}
+
+/// Cut a marker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkerRequest {
+    /// Identity; the same in all streams of a group.
+    pub marker: MarkerId,
+    /// Volumes; empty means all of the host.
+    pub volumes: Vec<VolumeId>,
+    /// What the point will promise.
+    pub kind: PointKind,
+    /// The group or nil.
+    pub group: GroupId,
+    /// Name tag, at most 255 bytes.
+    pub name: String,
+    /// Wait for `ResolveMarker` (groups); otherwise it is a point at once.
+    pub pending: bool,
+}
+
+/// Where a marker was placed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkerPlaced {
+    /// One number for all volumes of the host.
+    pub lsn: Lsn,
+    /// Capture time.
+    pub time: WallTime,
+    /// Volumes that carry it.
+    pub volumes: Vec<VolumeId>,
+    /// Volumes that do not, because they are catching up.
+    pub not_ordered: Vec<VolumeId>,
+}
+
+/// Records handed to the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetched {
+    /// Epoch of all records below.
+    pub epoch: Epoch,
+    /// The records after the asked place, without a gap.
+    pub records: Vec<Descriptor>,
+    /// More are waiting.
+    pub more: bool,
+}
+
+/// Where a payload lies in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolPlace {
+    /// Byte offset in the pool.
+    pub offset: u64,
+    /// crc32c of the payload, made from the buffer that fed the backing write.
+    pub crc: u32,
+}
+
+/// One record, payload by reference.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// Its number.
+    pub seq: Seq,
+    /// Capture time.
+    pub time: WallTime,
+    /// What happened.
+    pub body: DescriptorBody,
+}
+
+/// What happened; see `farshore_changelog::RecordBody` for the meaning of each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // field names are those of the records
+pub enum DescriptorBody {
+    Write { extent: Extent, place: PoolPlace },
+    Copy { extent: Extent, place: PoolPlace },
+    Zero { extent: Extent, copied: bool },
+    Unknown { extent: Extent },
+    Marker { marker: MarkerId, kind: PointKind, group: GroupId, name: String, pending: bool },
+    MarkerCommit(MarkerId),
+    MarkerAbort(MarkerId),
+    OrderLost,
+    OrderRestored,
+    Resize(VolumeSize),
+    EpochStart { continues: bool, size: VolumeSize, blocks: BlockSizes },
+}
+
+impl DescriptorBody {
+    /// Payload bytes in the pool.
+    #[must_use]
+    pub const fn payload_len(&self) -> u64 {
+        match self {
+            Self::Write { extent, .. } | Self::Copy { extent, .. } => extent.len(),
+            Self::Zero { .. }
+            | Self::Unknown { .. }
+            | Self::Marker { .. }
+            | Self::MarkerCommit(_)
+            | Self::MarkerAbort(_)
+            | Self::OrderLost
+            | Self::OrderRestored
+            | Self::Resize(_)
+            | Self::EpochStart { .. } => 0,
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! The control socket of `filterd`: what the agent and the command line ask of it.
+//!
+//! A unix stream socket, owner-only, peer credentials checked. Every exchange is one [`Request`]
+//! and one `Result<Reply, Problem>`, framed by `farshore_changelog::codec`; the only descriptor
+//! passed is the pool's (read-only, by SCM_RIGHTS, in the same message as [`Reply::Pool`]).
+//!
+//! The agent pulls: [`Request::Fetch`] waits until there is a batch worth of records, so the write
+//! path makes no system call to hand a record over.
+
+mod message;
+
+pub use message::{
+    BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced, MarkerRequest,
+    PoolPlace, ProtectRequest, Reply, Request, VolumeInfo, VolumeStatus,
+};

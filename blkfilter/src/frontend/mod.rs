@@ -1,0 +1,2 @@
+//! Front ends: the only places that know a kernel or client protocol. They serve any
+//! [`Device`](crate::device::Device): the filter on the source, views on the target.

@@ -1,0 +1,295 @@
+//! What people's tools ask of the daemons over their local unix sockets (owner-only). One request,
+//! one `Result<reply, Problem>`, framed by `farshore_changelog::codec`.
+//!
+//! The types are also the source of `--json`: fields may be added, never renamed.
+
+use std::path::PathBuf;
+
+use farshore_extent::{
+    CaptureOrder, HostId, Lsn, PairState, PointId, PointKind, ViewId, VolumeId, VolumeName,
+    VolumeSize, WallTime,
+};
+use serde::{Deserialize, Serialize};
+
+/// To the target daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TargetRequest {
+    /// Every replica.
+    Status,
+    /// Points of a volume, newest first; at most `limit`, 0 is all.
+    Points {
+        /// Which.
+        volume: VolumeName,
+        /// At most so many.
+        limit: u32,
+    },
+    /// Ask the source to cut a named point now, and wait until it is durable here.
+    Tag {
+        /// Which; all must be on one host.
+        volumes: Vec<VolumeName>,
+        /// The name.
+        name: String,
+        /// What the point will promise.
+        kind: PointKind,
+    },
+    /// A new one-time token.
+    NewToken {
+        /// Name of the host it is meant for.
+        host_name: String,
+        /// How long it can be used, in seconds.
+        valid_seconds: u32,
+        /// `host:port` under which the source reaches this target.
+        address: String,
+    },
+    /// Enrolled hosts.
+    Hosts,
+    /// Open a point as a writable view (test failover).
+    OpenView(OpenView),
+    /// Views that are open.
+    Views,
+    /// Close a view and drop its scratch.
+    CloseView {
+        /// Which view.
+        view: ViewId,
+        /// What was learnt, kept as evidence.
+        note: String,
+    },
+    /// Set the interval of points of a volume.
+    SetInterval {
+        /// Which.
+        volume: VolumeName,
+        /// Milliseconds; 0 is none.
+        interval_ms: u64,
+    },
+    /// The event log, newest first.
+    Events {
+        /// At most so many.
+        limit: u32,
+    },
+}
+
+/// From the target daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)] // one variant for each request
+pub enum TargetReply {
+    Status(Vec<ReplicaStatus>),
+    Points(Vec<PointInfo>),
+    Tagged(Vec<PointInfo>),
+    /// The token, to be typed on the source.
+    Token(String),
+    Hosts(Vec<HostInfo>),
+    View(ViewInfo),
+    Views(Vec<ViewInfo>),
+    Events(Vec<EventInfo>),
+    Done,
+}
+
+/// A recovery point chosen by a person.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PointChoice {
+    /// The newest kept point.
+    Latest,
+    /// The newest application-consistent one.
+    LatestApp,
+    /// By its number.
+    Id(PointId),
+    /// The newest with this name.
+    Name(String),
+    /// The last place captured at or before this time: any moment of an ordered stretch.
+    Time(WallTime),
+    /// Exactly this place.
+    At(Lsn),
+}
+
+/// Open a view.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenView {
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// At which point.
+    pub point: PointChoice,
+    /// Most bytes of writes the view may take; 0 is the volume's size.
+    pub scratch_bytes: u64,
+    /// Serve it also on this TCP address with TLS; none: unix socket only.
+    pub tls_listen: Option<String>,
+}
+
+/// An open view.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewInfo {
+    /// Identity.
+    pub view: ViewId,
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// Its size in bytes.
+    pub size: VolumeSize,
+    /// The place it shows.
+    pub lsn: Lsn,
+    /// Capture time of that place.
+    pub time: WallTime,
+    /// The point, when it is one.
+    pub point: Option<PointId>,
+    /// Unix socket of its NBD export.
+    pub nbd_socket: PathBuf,
+    /// Name of the NBD export.
+    pub export: String,
+    /// Address of the TLS export.
+    pub tls_address: Option<String>,
+    /// When it was opened.
+    pub opened: WallTime,
+    /// How long opening took, in microseconds.
+    pub open_micros: u64,
+    /// Bytes written to it.
+    pub scratch_used: u64,
+    /// Limit of that.
+    pub scratch_bytes: u64,
+}
+
+/// A recovery point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointInfo {
+    /// Number for people.
+    pub point: PointId,
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// Its place.
+    pub lsn: Lsn,
+    /// Capture time on the source's clock.
+    pub time: WallTime,
+    /// What it promises.
+    pub kind: PointKind,
+    /// Name tag, or empty.
+    pub name: String,
+    /// Kept whatever the policy says.
+    pub pinned: bool,
+}
+
+/// State of a replica.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    /// Identity.
+    pub volume: VolumeId,
+    /// Name.
+    pub name: VolumeName,
+    /// Host it comes from.
+    pub host_name: String,
+    /// Size in bytes.
+    pub size: VolumeSize,
+    /// State of the pair.
+    pub state: PairState,
+    /// Ordered or catching up, as far as the journal goes.
+    pub order: CaptureOrder,
+    /// Whether the source is connected.
+    pub connected: bool,
+    /// Now minus the capture time of the newest durable point, in milliseconds; none without a
+    /// point. Grows while disconnected.
+    pub rpo_ms: Option<u64>,
+    /// Wanted, in milliseconds.
+    pub rpo_target_ms: u64,
+    /// Bytes captured on the source and not durable here, as last reported.
+    pub lag_bytes: u64,
+    /// Copy still to do, in bytes.
+    pub copy_remaining: u64,
+    /// Copy altogether, in bytes.
+    pub copy_total: u64,
+    /// Copy rate in bytes per second.
+    pub copy_rate: u64,
+    /// Last durable place.
+    pub journaled: Lsn,
+    /// Oldest place that can be opened.
+    pub floor: Lsn,
+    /// Points kept.
+    pub points: u64,
+    /// Capture time of the newest point.
+    pub newest_point: Option<WallTime>,
+    /// Capture time of the oldest point.
+    pub oldest_point: Option<WallTime>,
+    /// Views open.
+    pub views: u32,
+    /// Bytes of journal on disk.
+    pub journal_bytes: u64,
+    /// What is wrong, each with its code; empty when all is well.
+    pub problems: Vec<farshore_extent::Problem>,
+}
+
+/// An enrolled host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// Identity in its certificate.
+    pub host: HostId,
+    /// Name.
+    pub name: String,
+    /// When it enrolled.
+    pub enrolled: WallTime,
+    /// Whether it is connected.
+    pub connected: bool,
+}
+
+/// An entry of the event log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventInfo {
+    /// When.
+    pub time: WallTime,
+    /// Its code, 0 for plain notices.
+    pub code: u16,
+    /// The volume, when it is about one.
+    pub volume: Option<VolumeName>,
+    /// What happened.
+    pub text: String,
+}
+
+/// To the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentRequest {
+    /// Connection and volumes.
+    Status,
+}
+
+/// From the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // one variant for each request
+pub enum AgentReply {
+    Status(AgentStatus),
+}
+
+/// State of the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// `host:port` of the target.
+    pub target: String,
+    /// Whether the session is up.
+    pub connected: bool,
+    /// Why it is not, or empty.
+    pub problem: Option<farshore_extent::Problem>,
+    /// Next attempt in so many milliseconds.
+    pub retry_in_ms: Option<u64>,
+    /// Every volume it ships.
+    pub volumes: Vec<AgentVolume>,
+}
+
+/// What the agent knows of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentVolume {
+    /// Identity.
+    pub volume: VolumeId,
+    /// Name.
+    pub name: VolumeName,
+    /// Why it is not being shipped, if so.
+    pub problem: Option<farshore_extent::Problem>,
+    /// Sent at least once.
+    pub sent: Lsn,
+    /// Durable at the target.
+    pub journaled: Lsn,
+    /// Capture time of the newest place durable at the target.
+    pub journaled_time: WallTime,
+    /// Points the target keeps.
+    pub points: u64,
+    /// Capture time of the newest point; none without.
+    pub newest_point: Option<WallTime>,
+    /// Capture time of the oldest point.
+    pub oldest_point: Option<WallTime>,
+    /// Payload bytes shipped since the agent started, before compression.
+    pub raw_bytes: u64,
+    /// Bytes on the wire for them.
+    pub wire_bytes: u64,
+}

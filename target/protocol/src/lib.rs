@@ -8,4 +8,5 @@
 pub mod admin;
 pub mod frame;
 pub mod message;
+pub mod paths;
 pub mod version;

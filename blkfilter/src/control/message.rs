@@ -130,6 +130,9 @@ pub struct ProtectRequest {
     pub nbd_socket: Option<PathBuf>,
     /// Pool size in bytes; none: the daemon's default.
     pub pool_bytes: Option<u64>,
+    /// Milliseconds between points wished for when the replica is made (0 is none); none: the
+    /// target's default. Kept with the volume; the target's own setting wins later.
+    pub point_interval_ms: Option<u64>,
 }
 
 /// What a protected volume is.
@@ -151,6 +154,8 @@ pub struct VolumeInfo {
     pub nbd_socket: PathBuf,
     /// Epoch of this run.
     pub epoch: Epoch,
+    /// As in [`ProtectRequest::point_interval_ms`]; the agent passes it on when it opens the volume.
+    pub point_interval_ms: Option<u64>,
 }
 
 /// How far the copy loop is.

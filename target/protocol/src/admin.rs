@@ -208,6 +208,8 @@ pub struct ReplicaStatus {
     pub views: u32,
     /// Bytes of journal on disk.
     pub journal_bytes: u64,
+    /// When a test failover of it was last opened, used and cleaned up.
+    pub last_drill: Option<WallTime>,
     /// What is wrong, each with its code; empty when all is well.
     pub problems: Vec<farshore_extent::Problem>,
 }

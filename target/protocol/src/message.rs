@@ -79,6 +79,9 @@ pub struct OpenVolume {
     pub acked: Lsn,
     /// Chain at `acked`.
     pub acked_chain: Chain,
+    /// Milliseconds between points wished for when the replica is made (0 is none); none: the
+    /// target's default. Ignored for a replica that exists.
+    pub point_interval_ms: Option<u64>,
 }
 
 /// State of a volume on its source.

@@ -6,7 +6,9 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod config;
 pub mod frame;
 pub mod message;
 pub mod paths;
+pub mod token;
 pub mod version;

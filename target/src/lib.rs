@@ -1,1 +1,17 @@
-//! .
+//! The target: receives batches, journals them, keeps recovery points, opens them as views.
+//!
+//! `listener` accepts connections, a `session` speaks with one agent, one `worker` thread a
+//! volume owns its store and is the only writer; nothing is acknowledged before it is durable.
+//! The `catalogue` remembers points, hosts and tokens; `views` export points; `admin` serves the
+//! command line.
+#![forbid(unsafe_code)]
+
+pub mod authority;
+pub mod catalogue;
+pub mod config;
+pub mod problem;
+
+mod durable_fs;
+mod init;
+
+pub use init::{InitOptions, InitReport, init};

@@ -11,6 +11,12 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 
+/// The name that every target's certificate carries besides its addresses. A source verifies this
+/// name whatever address it dialled: the CA is the target's own and signs no other server, so the
+/// pinned CA is the identity, and a changed address breaks nothing. The target sends its CA
+/// certificate as the last of its chain, to be compared with [`Token::ca`].
+pub const SERVER_NAME: &str = "farshore-target";
+
 const PREFIX: &str = "fs1.";
 /// Longest text that is looked at, in bytes: an address of 255 needs about 500.
 const MAX_TEXT: usize = 2048;

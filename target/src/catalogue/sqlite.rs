@@ -1,0 +1,516 @@
+//! The catalogue in SQLite: write-ahead log, synchronous=FULL, one file.
+//!
+//! Places are stored as 16 big-endian bytes, so that SQLite orders them as we do.
+
+use std::path::Path;
+
+use farshore_extent::{
+    BlockSizes, Epoch, HostId, Lsn, MarkerId, PointId, PointKind, Seq, ViewId, VolumeId,
+    VolumeName, VolumeSize, WallTime,
+};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::{
+    Age, Catalogue, CatalogueError, EventRow, HostRow, NewPoint, PointRow, PointSummary, ViewRow,
+    VolumeRow,
+};
+
+const VERSION: i64 = 1;
+/// Events kept; the oldest go.
+const MAX_EVENTS: i64 = 10_000;
+
+const SCHEMA: &str = "
+CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+CREATE TABLE hosts (
+  host BLOB PRIMARY KEY, name TEXT NOT NULL, enrolled INTEGER NOT NULL,
+  removed INTEGER NOT NULL) STRICT;
+CREATE TABLE tokens (
+  hash BLOB PRIMARY KEY, host_name TEXT NOT NULL, expires INTEGER NOT NULL) STRICT;
+CREATE TABLE volumes (
+  volume BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, host BLOB NOT NULL,
+  size INTEGER NOT NULL, logical INTEGER NOT NULL, physical INTEGER NOT NULL,
+  point_interval_ms INTEGER NOT NULL, unprotected INTEGER NOT NULL,
+  points_upto BLOB NOT NULL) STRICT;
+CREATE TABLE points (
+  point INTEGER PRIMARY KEY AUTOINCREMENT, volume BLOB NOT NULL, lsn BLOB NOT NULL,
+  time INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, marker BLOB NOT NULL,
+  pinned INTEGER NOT NULL, recorded INTEGER NOT NULL, UNIQUE (volume, lsn)) STRICT;
+CREATE TABLE views (
+  view BLOB PRIMARY KEY, volume BLOB NOT NULL, lsn BLOB NOT NULL, opened INTEGER NOT NULL,
+  open_micros INTEGER NOT NULL, closed INTEGER, note TEXT) STRICT;
+CREATE TABLE events (
+  event INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, code INTEGER NOT NULL,
+  volume TEXT, text TEXT NOT NULL) STRICT;
+PRAGMA user_version = 1;
+";
+
+/// See the module.
+pub struct SqliteCatalogue {
+    db: Connection,
+}
+
+impl SqliteCatalogue {
+    /// Opens the catalogue of `file`, and makes it when there is none.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Newer`] for one of a later release, or what SQLite says.
+    pub fn open(file: &Path) -> Result<Self, CatalogueError> {
+        let mut db = Connection::open(file)?;
+        db.pragma_update(None, "journal_mode", "WAL")?;
+        db.pragma_update(None, "synchronous", "FULL")?;
+        db.pragma_update(None, "foreign_keys", true)?;
+        let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        match version {
+            0 => {
+                let step = db.transaction()?;
+                step.execute_batch(SCHEMA)?;
+                step.commit()?;
+            }
+            VERSION => {}
+            newer => return Err(CatalogueError::Newer(newer)),
+        }
+        Ok(Self { db })
+    }
+}
+
+fn lsn_bytes(lsn: Lsn) -> [u8; 16] {
+    ((u128::from(lsn.epoch.get()) << 64) | u128::from(lsn.seq.get())).to_be_bytes()
+}
+
+fn damaged(what: impl ToString) -> CatalogueError {
+    CatalogueError::Damaged(what.to_string())
+}
+
+/// Signed for SQLite, which has no other integers.
+fn signed(n: u64) -> Result<i64, CatalogueError> {
+    i64::try_from(n).map_err(damaged)
+}
+
+/// Reads typed columns of a row; every impossible value is [`CatalogueError::Damaged`].
+struct Columns<'a, 'b>(&'a Row<'b>);
+
+impl Columns<'_, '_> {
+    fn int(&self, name: &str) -> Result<i64, CatalogueError> {
+        Ok(self.0.get(name)?)
+    }
+    fn unsigned(&self, name: &str) -> Result<u64, CatalogueError> {
+        u64::try_from(self.int(name)?).map_err(damaged)
+    }
+    fn text(&self, name: &str) -> Result<String, CatalogueError> {
+        Ok(self.0.get(name)?)
+    }
+    fn bytes<const N: usize>(&self, name: &str) -> Result<[u8; N], CatalogueError> {
+        let bytes: Vec<u8> = self.0.get(name)?;
+        bytes.try_into().map_err(|_| damaged(format!("length of {name}")))
+    }
+    fn lsn(&self, name: &str) -> Result<Lsn, CatalogueError> {
+        let bytes: [u8; 16] = self.bytes(name)?;
+        let (epoch, seq) = bytes.split_at(8);
+        let number = |half: &[u8]| half.iter().fold(0u64, |n, b| (n << 8) | u64::from(*b));
+        Ok(Lsn::new(Epoch::new(number(epoch)), Seq::new(number(seq))))
+    }
+    fn time(&self, name: &str) -> Result<WallTime, CatalogueError> {
+        Ok(WallTime::from_nanos(self.int(name)?))
+    }
+    fn name(&self, name: &str) -> Result<VolumeName, CatalogueError> {
+        VolumeName::new(&self.text(name)?).map_err(damaged)
+    }
+}
+
+fn host_row(row: &Columns<'_, '_>) -> Result<HostRow, CatalogueError> {
+    Ok(HostRow {
+        host: HostId::from_bytes(row.bytes("host")?),
+        name: row.text("name")?,
+        enrolled: row.time("enrolled")?,
+        removed: row.int("removed")? != 0,
+    })
+}
+
+fn volume_row(row: &Columns<'_, '_>) -> Result<VolumeRow, CatalogueError> {
+    let block = |name| u32::try_from(row.int(name)?).map_err(damaged);
+    Ok(VolumeRow {
+        volume: VolumeId::from_bytes(row.bytes("volume")?),
+        name: row.name("name")?,
+        host: HostId::from_bytes(row.bytes("host")?),
+        size: VolumeSize::new(row.unsigned("size")?).map_err(damaged)?,
+        blocks: BlockSizes::new(block("logical")?, block("physical")?).map_err(damaged)?,
+        point_interval_ms: row.unsigned("point_interval_ms")?,
+        unprotected: row.int("unprotected")? != 0,
+        points_upto: row.lsn("points_upto")?,
+    })
+}
+
+fn point_row(row: &Columns<'_, '_>) -> Result<PointRow, CatalogueError> {
+    let kind = match row.text("kind")?.as_str() {
+        "crash" => PointKind::Crash,
+        "app" => PointKind::App,
+        "group" => PointKind::Group,
+        other => return Err(damaged(format!("kind of point {other}"))),
+    };
+    Ok(PointRow {
+        point: PointId::new(row.unsigned("point")?),
+        volume: VolumeId::from_bytes(row.bytes("volume")?),
+        at: NewPoint {
+            lsn: row.lsn("lsn")?,
+            time: row.time("time")?,
+            kind,
+            name: row.text("name")?,
+            marker: MarkerId::from_bytes(row.bytes("marker")?),
+        },
+        pinned: row.int("pinned")? != 0,
+        recorded: Age(row.unsigned("recorded")?),
+    })
+}
+
+fn event_row(row: &Columns<'_, '_>) -> Result<EventRow, CatalogueError> {
+    let volume: Option<String> = row.0.get("volume")?;
+    Ok(EventRow {
+        time: row.time("time")?,
+        code: u16::try_from(row.int("code")?).map_err(damaged)?,
+        volume: volume.map(|name| VolumeName::new(&name)).transpose().map_err(damaged)?,
+        text: row.text("text")?,
+    })
+}
+
+/// SQLite's way to say "no limit".
+fn sql_limit(limit: u32) -> i64 {
+    if limit == 0 { -1 } else { i64::from(limit) }
+}
+
+impl SqliteCatalogue {
+    fn rows<T>(
+        &self,
+        sql: &str,
+        with: impl rusqlite::Params,
+        read: fn(&Columns<'_, '_>) -> Result<T, CatalogueError>,
+    ) -> Result<Vec<T>, CatalogueError> {
+        let mut statement = self.db.prepare_cached(sql)?;
+        let mut rows = statement.query(with)?;
+        let mut all = Vec::new();
+        while let Some(row) = rows.next()? {
+            all.push(read(&Columns(row))?);
+        }
+        Ok(all)
+    }
+}
+
+impl Catalogue for SqliteCatalogue {
+    fn put_host(&mut self, host: &HostRow) -> Result<(), CatalogueError> {
+        self.db.execute(
+            "INSERT OR REPLACE INTO hosts (host, name, enrolled, removed) VALUES (?, ?, ?, ?)",
+            params![host.host.to_bytes(), host.name, host.enrolled.nanos(), host.removed],
+        )?;
+        Ok(())
+    }
+
+    fn host(&self, host: HostId) -> Result<Option<HostRow>, CatalogueError> {
+        let sql = "SELECT * FROM hosts WHERE host = ?";
+        Ok(self.rows(sql, [host.to_bytes()], host_row)?.pop())
+    }
+
+    fn hosts(&self) -> Result<Vec<HostRow>, CatalogueError> {
+        self.rows("SELECT * FROM hosts ORDER BY name", [], host_row)
+    }
+
+    fn put_token(
+        &mut self,
+        hash: [u8; 32],
+        host_name: &str,
+        expires: WallTime,
+    ) -> Result<(), CatalogueError> {
+        self.db.execute(
+            "INSERT INTO tokens (hash, host_name, expires) VALUES (?, ?, ?)",
+            params![hash, host_name, expires.nanos()],
+        )?;
+        Ok(())
+    }
+
+    fn take_token(
+        &mut self,
+        hash: [u8; 32],
+        now: WallTime,
+    ) -> Result<Option<String>, CatalogueError> {
+        let step = self.db.transaction()?;
+        step.execute("DELETE FROM tokens WHERE expires < ?", [now.nanos()])?;
+        let mut found = None;
+        {
+            // Every hash is compared, each in constant time; the database compares none.
+            let mut all = step.prepare("SELECT hash, host_name FROM tokens")?;
+            let mut rows = all.query([])?;
+            while let Some(row) = rows.next()? {
+                let (kept, name): (Vec<u8>, String) = (row.get(0)?, row.get(1)?);
+                if aws_lc_rs::constant_time::verify_slices_are_equal(&kept, &hash).is_ok() {
+                    found = Some((kept, name));
+                }
+            }
+        }
+        if let Some((kept, _)) = &found {
+            step.execute("DELETE FROM tokens WHERE hash = ?", [kept])?;
+        }
+        step.commit()?;
+        Ok(found.map(|(_, name)| name))
+    }
+
+    fn put_volume(&mut self, volume: &VolumeRow) -> Result<(), CatalogueError> {
+        self.db.execute(
+            "INSERT INTO volumes (volume, name, host, size, logical, physical,
+               point_interval_ms, unprotected, points_upto) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+             ON CONFLICT (volume) DO UPDATE SET name = excluded.name, size = excluded.size,
+               logical = excluded.logical, physical = excluded.physical,
+               point_interval_ms = excluded.point_interval_ms,
+               unprotected = excluded.unprotected",
+            params![
+                volume.volume.to_bytes(),
+                volume.name.as_str(),
+                volume.host.to_bytes(),
+                signed(volume.size.get())?,
+                volume.blocks.logical(),
+                volume.blocks.physical(),
+                signed(volume.point_interval_ms)?,
+                volume.unprotected,
+                lsn_bytes(volume.points_upto),
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn volumes(&self) -> Result<Vec<VolumeRow>, CatalogueError> {
+        self.rows("SELECT * FROM volumes ORDER BY name", [], volume_row)
+    }
+
+    fn add_points(
+        &mut self,
+        volume: VolumeId,
+        points: &[NewPoint],
+        upto: Lsn,
+        now: Age,
+    ) -> Result<(), CatalogueError> {
+        let step = self.db.transaction()?;
+        for point in points {
+            step.prepare_cached(
+                "INSERT OR IGNORE INTO points (volume, lsn, time, kind, name, marker, pinned,
+                   recorded) VALUES (?, ?, ?, ?, ?, ?, 0, ?)",
+            )?
+            .execute(params![
+                volume.to_bytes(),
+                lsn_bytes(point.lsn),
+                point.time.nanos(),
+                point.kind.as_str(),
+                point.name,
+                point.marker.to_bytes(),
+                signed(now.0)?,
+            ])?;
+        }
+        step.execute(
+            "UPDATE volumes SET points_upto = ?2 WHERE volume = ?1 AND points_upto < ?2",
+            params![volume.to_bytes(), lsn_bytes(upto)],
+        )?;
+        step.commit()?;
+        Ok(())
+    }
+
+    fn points(&self, volume: VolumeId, limit: u32) -> Result<Vec<PointRow>, CatalogueError> {
+        let sql = "SELECT * FROM points WHERE volume = ? ORDER BY lsn DESC LIMIT ?";
+        self.rows(sql, params![volume.to_bytes(), sql_limit(limit)], point_row)
+    }
+
+    fn point_summary(&self, volume: VolumeId) -> Result<PointSummary, CatalogueError> {
+        let end = |order: &str| -> Result<Option<WallTime>, CatalogueError> {
+            let sql =
+                format!("SELECT time FROM points WHERE volume = ? ORDER BY lsn {order} LIMIT 1");
+            let mut statement = self.db.prepare_cached(&sql)?;
+            let time = statement.query_row([volume.to_bytes()], |row| row.get(0)).optional()?;
+            Ok(time.map(WallTime::from_nanos))
+        };
+        let count: i64 = self
+            .db
+            .prepare_cached("SELECT count(*) FROM points WHERE volume = ?")?
+            .query_row([volume.to_bytes()], |row| row.get(0))?;
+        let count = u64::try_from(count).map_err(damaged)?;
+        Ok(PointSummary { count, newest: end("DESC")?, oldest: end("ASC")? })
+    }
+
+    fn drop_points(&mut self, points: &[PointId]) -> Result<(), CatalogueError> {
+        let step = self.db.transaction()?;
+        for point in points {
+            step.prepare_cached("DELETE FROM points WHERE point = ?")?
+                .execute([signed(point.get())?])?;
+        }
+        step.commit()?;
+        Ok(())
+    }
+
+    fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError> {
+        self.db.execute(
+            "INSERT INTO views (view, volume, lsn, opened, open_micros) VALUES (?, ?, ?, ?, ?)",
+            params![
+                view.view.to_bytes(),
+                view.volume.to_bytes(),
+                lsn_bytes(view.lsn),
+                view.opened.nanos(),
+                signed(view.open_micros)?,
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn close_view(&mut self, view: ViewId, at: WallTime, note: &str) -> Result<(), CatalogueError> {
+        self.db.execute(
+            "UPDATE views SET closed = ?, note = ? WHERE view = ?",
+            params![at.nanos(), note, view.to_bytes()],
+        )?;
+        Ok(())
+    }
+
+    fn add_event(&mut self, event: &EventRow) -> Result<(), CatalogueError> {
+        let step = self.db.transaction()?;
+        step.execute(
+            "INSERT INTO events (time, code, volume, text) VALUES (?, ?, ?, ?)",
+            params![
+                event.time.nanos(),
+                event.code,
+                event.volume.as_ref().map(VolumeName::as_str),
+                event.text
+            ],
+        )?;
+        let oldest = step.last_insert_rowid() - MAX_EVENTS;
+        step.execute("DELETE FROM events WHERE event <= ?", [oldest])?;
+        step.commit()?;
+        Ok(())
+    }
+
+    fn events(&self, limit: u32) -> Result<Vec<EventRow>, CatalogueError> {
+        let sql = "SELECT * FROM events ORDER BY event DESC LIMIT ?";
+        self.rows(sql, [sql_limit(limit)], event_row)
+    }
+
+    fn age(&self) -> Result<Age, CatalogueError> {
+        let sql = "SELECT value FROM meta WHERE key = 'age_ms'";
+        let value: Option<i64> = self.db.query_row(sql, [], |row| row.get(0)).optional()?;
+        Ok(Age(u64::try_from(value.unwrap_or(0)).map_err(damaged)?))
+    }
+
+    fn set_age(&mut self, age: Age) -> Result<(), CatalogueError> {
+        self.db.execute(
+            "INSERT OR REPLACE INTO meta (key, value) VALUES ('age_ms', ?)",
+            [signed(age.0)?],
+        )?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(epoch: u64, seq: u64) -> Lsn {
+        Lsn::new(Epoch::new(epoch), Seq::new(seq))
+    }
+
+    fn volume(name: &str) -> VolumeRow {
+        VolumeRow {
+            volume: VolumeId::random(),
+            name: VolumeName::new(name).unwrap(),
+            host: HostId::random(),
+            size: VolumeSize::new(1 << 20).unwrap(),
+            blocks: BlockSizes::E512,
+            point_interval_ms: 5_000,
+            unprotected: false,
+            points_upto: Lsn::ZERO,
+        }
+    }
+
+    fn point(lsn: Lsn, name: &str) -> NewPoint {
+        NewPoint {
+            lsn,
+            time: WallTime::from_nanos(7),
+            kind: PointKind::App,
+            name: name.into(),
+            marker: MarkerId::random(),
+        }
+    }
+
+    fn fresh() -> (tempfile::TempDir, SqliteCatalogue) {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
+        (dir, catalogue)
+    }
+
+    #[test]
+    fn everything_is_there_after_reopening() {
+        let (dir, mut catalogue) = fresh();
+        let host = HostRow {
+            host: HostId::random(),
+            name: "db1".into(),
+            enrolled: WallTime::from_nanos(9),
+            removed: false,
+        };
+        let volume = volume("pgdata");
+        catalogue.put_host(&host).unwrap();
+        catalogue.put_volume(&volume).unwrap();
+        let points = [point(at(2, 1), ""), point(at(1, u64::MAX), "first")];
+        catalogue.add_points(volume.volume, &points, at(2, 1), Age(3)).unwrap();
+        catalogue.set_age(Age(42)).unwrap();
+        drop(catalogue);
+        let catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
+        assert_eq!(catalogue.host(host.host).unwrap(), Some(host.clone()));
+        assert_eq!(catalogue.hosts().unwrap(), [host]);
+        let kept = catalogue.points(volume.volume, 0).unwrap();
+        let places: Vec<Lsn> = kept.iter().map(|p| p.at.lsn).collect();
+        assert_eq!(places, [at(2, 1), at(1, u64::MAX)], "newest first, in the order of places");
+        assert_eq!(kept[1].at, points[1]);
+        assert_eq!(catalogue.volumes().unwrap()[0].points_upto, at(2, 1));
+        assert_eq!(catalogue.age().unwrap(), Age(42));
+    }
+
+    #[test]
+    fn a_point_is_recorded_once_and_numbers_are_never_reused() {
+        let (_dir, mut catalogue) = fresh();
+        let id = volume("v").volume;
+        catalogue.add_points(id, &[point(at(1, 1), "a")], at(1, 1), Age(0)).unwrap();
+        catalogue.add_points(id, &[point(at(1, 1), "again")], at(1, 1), Age(0)).unwrap();
+        let kept = catalogue.points(id, 0).unwrap();
+        assert_eq!(kept.len(), 1);
+        assert_eq!(kept[0].at.name, "a");
+        catalogue.drop_points(&[kept[0].point]).unwrap();
+        catalogue.add_points(id, &[point(at(1, 2), "b")], at(1, 2), Age(0)).unwrap();
+        assert!(catalogue.points(id, 1).unwrap()[0].point > kept[0].point);
+        assert_eq!(catalogue.point_summary(id).unwrap().count, 1);
+    }
+
+    #[test]
+    fn a_token_works_once_and_not_after_its_time() {
+        let (_dir, mut catalogue) = fresh();
+        let time = WallTime::from_nanos;
+        catalogue.put_token([1; 32], "db1", time(100)).unwrap();
+        catalogue.put_token([2; 32], "db2", time(100)).unwrap();
+        assert_eq!(catalogue.take_token([9; 32], time(50)).unwrap(), None);
+        assert_eq!(catalogue.take_token([1; 32], time(100)).unwrap(), Some("db1".into()));
+        assert_eq!(catalogue.take_token([1; 32], time(100)).unwrap(), None);
+        assert_eq!(catalogue.take_token([2; 32], time(101)).unwrap(), None);
+        assert_eq!(catalogue.take_token([2; 32], time(50)).unwrap(), None, "swept when too old");
+    }
+
+    #[test]
+    fn the_event_log_is_newest_first_and_bounded() {
+        let (_dir, mut catalogue) = fresh();
+        for n in 0..3u16 {
+            let event = EventRow {
+                time: WallTime::from_nanos(i64::from(n)),
+                code: n,
+                volume: (n > 0).then(|| VolumeName::new("v").unwrap()),
+                text: format!("event {n}"),
+            };
+            catalogue.add_event(&event).unwrap();
+        }
+        let events = catalogue.events(2).unwrap();
+        assert_eq!(events.iter().map(|e| e.code).collect::<Vec<_>>(), [2, 1]);
+        catalogue
+            .db
+            .execute("UPDATE sqlite_sequence SET seq = 10002 WHERE name = 'events'", [])
+            .unwrap();
+        let event = EventRow { code: 7, ..events[0].clone() };
+        catalogue.add_event(&event).unwrap();
+        assert_eq!(catalogue.events(0).unwrap(), [event]);
+    }
+}

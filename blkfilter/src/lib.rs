@@ -11,3 +11,5 @@
 pub mod control;
 pub mod device;
 pub mod frontend;
+pub mod pool;
+pub mod sys;

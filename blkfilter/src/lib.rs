@@ -1,7 +1,7 @@
 //! The device in front of a protected volume.
 //!
 //! A write meets the modules in this order: a front end ([`frontend`]) takes the request and puts
-//! its payload into a private buffer; the capture core (`core`, a state machine without I/O)
+//! its payload into a private buffer; the capture core ([`mod@core`], a state machine without I/O)
 //! decides; the backing device is written; the core numbers and records the completion; the
 //! guest is answered. The agent fetches records over the control socket ([`control`]) and reads
 //! payload from the shared pool.
@@ -9,6 +9,7 @@
 //! Unsafe code lives in `sys` only.
 
 pub mod control;
+pub mod core;
 pub mod device;
 pub mod frontend;
 pub mod pool;

@@ -1,0 +1,276 @@
+//! The state machine itself: requests from arrival to answer.
+
+use farshore_extent::{Epoch, Extent, Seq};
+
+use super::event::{
+    Action, Backing, Buffer, CopyEnd, Event, IoKey, Now, Outcome, QueueId, Token, VolumeKey,
+};
+use super::gate::AckGate;
+use super::limits::Limits;
+use super::range_lock::{LockKey, Sharing};
+use super::slab::Slab;
+use super::volume::{Context, Counter, Volume, Written};
+use crate::device::DeviceError;
+
+/// The capture core of a host. See the module's head for how it is driven.
+#[derive(Debug)]
+pub struct CaptureCore {
+    pub(super) counter: Counter,
+    pub(super) limits: Limits,
+    pub(super) volumes: Vec<Option<Volume>>,
+    pub(super) requests: Slab<Request>,
+    pub(super) gate: AckGate,
+    pub(super) pending_markers: Vec<(farshore_extent::MarkerId, Vec<VolumeKey>)>,
+    granted: Vec<IoKey>,
+}
+
+/// A request between its arrival and the backing's completion.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) queue: QueueId,
+    pub(super) token: Token,
+    pub(super) volume: VolumeKey,
+    pub(super) lock: Option<LockKey>,
+    pub(super) what: What,
+}
+
+#[derive(Debug)]
+pub(super) enum What {
+    Write {
+        extent: Extent,
+        buffer: Buffer,
+        crc: u32,
+        pieces: Vec<u32>,
+        fua: bool,
+        early: Option<Seq>,
+    },
+    Zero {
+        extent: Extent,
+        fua: bool,
+        may_unmap: bool,
+        early: Option<Seq>,
+    },
+    Flush,
+    Copy {
+        extent: Extent,
+        slot: super::event::PoolSlot,
+    },
+    CopyHole {
+        extent: Extent,
+    },
+}
+
+impl What {
+    const fn backing(&self) -> Backing {
+        match self {
+            Self::Write { extent, buffer, fua, .. } => {
+                Backing::Write { extent: *extent, buffer: *buffer, fua: *fua }
+            }
+            Self::Zero { extent, fua, may_unmap, .. } => {
+                Backing::Zero { extent: *extent, fua: *fua, may_unmap: *may_unmap }
+            }
+            Self::Flush => Backing::Flush,
+            Self::Copy { extent, slot } => Backing::Read { extent: *extent, slot: *slot },
+            Self::CopyHole { extent } => Backing::CheckHole { extent: *extent },
+        }
+    }
+
+    const fn range(&self) -> Option<(Extent, Sharing)> {
+        match self {
+            Self::Write { extent, .. } | Self::Zero { extent, .. } => {
+                Some((*extent, Sharing::Exclusive))
+            }
+            Self::Copy { extent, .. } | Self::CopyHole { extent } => {
+                Some((*extent, Sharing::Shared))
+            }
+            Self::Flush => None,
+        }
+    }
+}
+
+impl CaptureCore {
+    /// A core without volumes, for the epoch that this run was given durably.
+    #[must_use]
+    pub fn new(epoch: Epoch, limits: Limits) -> Self {
+        Self {
+            counter: Counter { epoch, last: Seq::ZERO },
+            limits,
+            volumes: Vec::new(),
+            requests: Slab::new(),
+            gate: AckGate::default(),
+            pending_markers: Vec::new(),
+            granted: Vec::new(),
+        }
+    }
+
+    /// Takes one event; appends what is to be done to `out`.
+    ///
+    /// Numbers are taken, records appended and answers decided within this call: the caller
+    /// serialises all calls of a host.
+    pub fn step(&mut self, now: Now, event: Event, out: &mut Vec<Action>) {
+        self.gate.expire(now.mono_ms, out);
+        let late = self.limits.faults.marker_before_gate && self.gate.is_closed();
+        match event {
+            Event::Write { queue, token, volume, extent, buffer, crc, pieces, fua } => {
+                if buffer == Buffer::Spare
+                    && let Some(v) = self.volume_mut(volume)
+                {
+                    v.spares += 1;
+                }
+                let early = self.early_number();
+                let what = What::Write { extent, buffer, crc, pieces, fua, early };
+                self.arrive(Request { queue, token, volume, lock: None, what }, out);
+            }
+            Event::Zero { queue, token, volume, extent, fua, may_unmap } => {
+                let early = self.early_number();
+                let what = What::Zero { extent, fua, may_unmap, early };
+                self.arrive(Request { queue, token, volume, lock: None, what }, out);
+            }
+            Event::Flush { queue, token, volume } => {
+                let what = What::Flush;
+                self.arrive(Request { queue, token, volume, lock: None, what }, out);
+            }
+            Event::Copy { queue, token, volume, hole } => match self.next_copy(volume, hole) {
+                Ok(what) => {
+                    self.arrive(Request { queue, token, volume, lock: None, what }, out);
+                }
+                Err(end) => out.push(Action::CopyDone { queue, token, end }),
+            },
+            Event::BackingDone { io, outcome } => self.done(now, io, outcome, out),
+            Event::Tick => {}
+        }
+        if late {
+            self.gate.close_late();
+        }
+    }
+
+    fn early_number(&mut self) -> Option<Seq> {
+        self.limits.faults.number_before_backing.then(|| self.counter.take())
+    }
+
+    /// Range lock, then the backing; or the end for a volume that is no longer there.
+    fn arrive(&mut self, request: Request, out: &mut Vec<Action>) {
+        let (queue, token) = (request.queue, request.token);
+        let faults = self.limits.faults;
+        let Some(volume) = self.volumes.get_mut(request.volume.index()).and_then(Option::as_mut)
+        else {
+            let gone = Err(DeviceError::Shutdown);
+            out.push(Action::Answer { queue, token, result: gone });
+            return;
+        };
+        let what = request.what.backing();
+        let range = request.what.range().filter(|(_, sharing)| {
+            !faults.no_range_lock && !(faults.copy_without_lock && *sharing == Sharing::Shared)
+        });
+        let io = self.requests.insert(request);
+        let held = range.is_none_or(|(extent, sharing)| {
+            let (lock, held) = volume.locks.claim(io, extent, sharing);
+            if let Some(request) = self.requests.get_mut(io) {
+                request.lock = Some(lock);
+            }
+            held
+        });
+        if held {
+            out.push(Action::Backing { queue, token, io, what });
+        }
+    }
+
+    /// Number and record, then unlock, then answer through the gate.
+    fn done(&mut self, now: Now, io: IoKey, outcome: Outcome, out: &mut Vec<Action>) {
+        let Some(request) = self.requests.remove(io) else {
+            debug_assert!(false, "a backing operation ended twice");
+            return;
+        };
+        let Some(volume) = self.volumes.get_mut(request.volume.index()).and_then(Option::as_mut)
+        else {
+            debug_assert!(false, "a volume was detached with requests in flight");
+            return;
+        };
+        let mut cx =
+            Context { now, counter: &mut self.counter, limits: &self.limits, out: &mut *out };
+        let end = volume.completed(&mut cx, &request.what, outcome);
+        if let Some(lock) = request.lock {
+            volume.locks.unlock(lock, &mut self.granted);
+        }
+        volume.try_restore(&mut cx);
+        volume.want_copy(&mut cx);
+        self.start_granted(out);
+        self.finish(&request, end, out);
+    }
+
+    fn start_granted(&mut self, out: &mut Vec<Action>) {
+        for io in self.granted.drain(..) {
+            if let Some(request) = self.requests.get(io) {
+                let (queue, token, what) = (request.queue, request.token, request.what.backing());
+                out.push(Action::Backing { queue, token, io, what });
+            }
+        }
+    }
+
+    fn finish(&mut self, request: &Request, end: End, out: &mut Vec<Action>) {
+        let (queue, token) = (request.queue, request.token);
+        match end {
+            End::Guest(result) => {
+                if self.gate.holds(request.volume) && !self.limits.faults.gate_ignored {
+                    self.gate.wait(queue, token, result);
+                } else {
+                    out.push(Action::Answer { queue, token, result });
+                }
+            }
+            End::Copy(end) => out.push(Action::CopyDone { queue, token, end }),
+        }
+    }
+
+    pub(super) fn volume(&self, key: VolumeKey) -> Option<&Volume> {
+        self.volumes.get(key.index()).and_then(Option::as_ref)
+    }
+
+    pub(super) fn volume_mut(&mut self, key: VolumeKey) -> Option<&mut Volume> {
+        self.volumes.get_mut(key.index()).and_then(Option::as_mut)
+    }
+}
+
+/// What the one who asked is told.
+pub(super) enum End {
+    Guest(Result<(), DeviceError>),
+    Copy(CopyEnd),
+}
+
+impl Volume {
+    /// What the completion of the backing means for the log.
+    fn completed(&mut self, cx: &mut Context<'_>, what: &What, outcome: Outcome) -> End {
+        let failure = match outcome {
+            Outcome::Failed(error) => Some(error),
+            Outcome::Done | Outcome::Data { .. } | Outcome::Zeroes | Outcome::NotHole => None,
+        };
+        match what {
+            What::Write { extent, buffer, crc, pieces, early, .. } => {
+                self.figures.writes += 1;
+                self.figures.written_bytes += extent.len();
+                if failure.is_some() {
+                    self.failed(cx, *extent, Some(*buffer));
+                } else {
+                    let (extent, buffer, crc, early) = (*extent, *buffer, *crc, *early);
+                    self.wrote(cx, &Written { extent, buffer, crc, pieces, early });
+                }
+                End::Guest(failure.map_or(Ok(()), Err))
+            }
+            What::Zero { extent, early, .. } => {
+                self.figures.writes += 1;
+                self.figures.written_bytes += extent.len();
+                if failure.is_some() {
+                    self.failed(cx, *extent, None);
+                } else {
+                    self.zeroed(cx, *extent, *early);
+                }
+                End::Guest(failure.map_or(Ok(()), Err))
+            }
+            What::Flush => {
+                self.figures.backing_errors += u64::from(failure.is_some());
+                End::Guest(failure.map_or(Ok(()), Err))
+            }
+            What::Copy { extent, slot } => End::Copy(self.copied(cx, *extent, *slot, outcome)),
+            What::CopyHole { extent } => End::Copy(self.copied_hole(cx, *extent, outcome)),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The copy loop's side of the core: which chunk next, and what its end means.
+//!
+//! Shared lock, read, number, record, bit cleared, unlock. No write completes in the chunk
+//! meanwhile, so the record holds the content at its number.
+
+use farshore_changelog::limits::MAX_DATALESS_LEN;
+use farshore_extent::Extent;
+
+use super::capture::{CaptureCore, What};
+use super::event::{CopyEnd, Outcome, PoolSlot, VolumeKey};
+use super::volume::{Context, Volume};
+use crate::control::{DescriptorBody, PoolPlace};
+
+impl CaptureCore {
+    /// Picks the next dirty chunk and reserves room for it.
+    pub(super) fn next_copy(
+        &mut self,
+        key: VolumeKey,
+        hole: Option<Extent>,
+    ) -> Result<What, CopyEnd> {
+        let Some(volume) = self.volumes.get_mut(key.index()).and_then(Option::as_mut) else {
+            return Err(CopyEnd::Clean);
+        };
+        volume.copy_waits = true;
+        let Some(chunk) = volume.dirty.next_dirty(volume.cursor) else {
+            return Err(CopyEnd::Clean);
+        };
+        if !volume.may_copy(&self.limits) {
+            return Err(CopyEnd::PoolBusy);
+        }
+        if let Some(extent) = hole.and_then(|hole| volume.whole_chunks(chunk, hole)) {
+            volume.cursor = extent.end();
+            volume.copy_waits = false;
+            return Ok(What::CopyHole { extent });
+        }
+        let len = u32::try_from(chunk.len()).map_err(|_| CopyEnd::Failed)?;
+        let slot = volume.ring.reserve(len).ok_or(CopyEnd::PoolBusy)?;
+        volume.cursor = chunk.end();
+        volume.copy_waits = false;
+        if self.limits.faults.clear_bit_before_read_recorded {
+            volume.dirty.clear(chunk);
+        }
+        Ok(What::Copy { extent: chunk, slot })
+    }
+}
+
+impl Volume {
+    /// The whole chunks from `chunk` on that lie in `hole`, at most one record's worth.
+    fn whole_chunks(&self, chunk: Extent, hole: Extent) -> Option<Extent> {
+        if !hole.contains(chunk) {
+            return None;
+        }
+        let size = self.chunk.get();
+        let end = if hole.end() >= self.size.get() {
+            self.size.get()
+        } else {
+            hole.end() - hole.end() % size
+        };
+        let most = MAX_DATALESS_LEN.max(size);
+        Extent::between(chunk.offset(), end.min(chunk.offset() + (most - most % size)))
+    }
+
+    /// The end of a copy read.
+    pub(super) fn copied(
+        &mut self,
+        cx: &mut Context<'_>,
+        extent: Extent,
+        slot: PoolSlot,
+        outcome: Outcome,
+    ) -> CopyEnd {
+        let end = match outcome {
+            Outcome::Data { crc } => {
+                let place = PoolPlace { offset: slot.offset(), crc };
+                let seq = cx.counter.take();
+                self.retain(cx, seq, slot, DescriptorBody::Copy { extent, place });
+                self.dirty.clear(extent);
+                CopyEnd::Copied { bytes: extent.len() }
+            }
+            Outcome::Zeroes => self.copied_zeroes(cx, extent),
+            Outcome::Failed(_) | Outcome::Done | Outcome::NotHole => {
+                self.figures.backing_errors += 1;
+                CopyEnd::Failed
+            }
+        };
+        self.ring.drop_user(slot.ticket);
+        end
+    }
+
+    /// The end of a look at a hole.
+    pub(super) fn copied_hole(
+        &mut self,
+        cx: &mut Context<'_>,
+        extent: Extent,
+        outcome: Outcome,
+    ) -> CopyEnd {
+        match outcome {
+            Outcome::Zeroes => self.copied_zeroes(cx, extent),
+            Outcome::NotHole => {
+                self.cursor = extent.offset();
+                CopyEnd::NotHole
+            }
+            Outcome::Failed(_) | Outcome::Done | Outcome::Data { .. } => {
+                self.figures.backing_errors += 1;
+                CopyEnd::Failed
+            }
+        }
+    }
+
+    fn copied_zeroes(&mut self, cx: &mut Context<'_>, extent: Extent) -> CopyEnd {
+        self.append(cx, DescriptorBody::Zero { extent, copied: true }, None);
+        self.dirty.clear(extent);
+        CopyEnd::Copied { bytes: extent.len() }
+    }
+}

@@ -1,0 +1,160 @@
+//! Looking at the core without changing it.
+
+use farshore_extent::{
+    CaptureOrder, Epoch, Extent, Lsn, SourceWatermarks, VolumeId, VolumeSize, WallTime,
+};
+
+use super::capture::CaptureCore;
+use super::command::Refused;
+use super::event::VolumeKey;
+use crate::control::Descriptor;
+
+/// What is waiting for a reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Waiting {
+    /// Records.
+    pub records: usize,
+    /// Their payload in bytes.
+    pub payload: u64,
+    /// One of them should be fetched at once.
+    pub urgent: bool,
+}
+
+/// One volume's figures.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CoreStatus {
+    /// Its identity.
+    pub volume: VolumeId,
+    /// Its size in bytes.
+    pub size: VolumeSize,
+    /// Ordered or catching up.
+    pub order: CaptureOrder,
+    /// Why it is catching up; empty when ordered.
+    pub reason: String,
+    /// Bytes in dirty chunks.
+    pub dirty_bytes: u64,
+    /// Most of them in this catch-up.
+    pub catch_up_total: u64,
+    /// Everything up to here has a number and is retained or released.
+    pub captured: Lsn,
+    /// Everything up to here was released by the agent.
+    pub released: Lsn,
+    /// Capture time of the oldest retained record; zero when there is none.
+    pub oldest: WallTime,
+    /// Retained records.
+    pub records: usize,
+    /// Their payload in bytes.
+    pub payload: u64,
+    /// Bytes of the pool that cannot be given out now: payload, requests in flight, padding.
+    pub pool_used: u64,
+    /// Bytes of the pool.
+    pub pool_bytes: u64,
+    /// Guest writes and zeroes that the backing has completed.
+    pub writes: u64,
+    /// Bytes of them.
+    pub written_bytes: u64,
+    /// Backing requests that failed, as far as the core saw them.
+    pub backing_errors: u64,
+    /// Requests in flight or waiting for their range, copy reads included; without flushes.
+    pub in_flight: usize,
+}
+
+impl CaptureCore {
+    /// The epoch of this run.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.counter.epoch
+    }
+
+    /// The last number given out.
+    #[must_use]
+    pub const fn last(&self) -> Lsn {
+        self.counter.lsn(self.counter.last)
+    }
+
+    /// The key of an attached volume.
+    #[must_use]
+    pub fn key_of(&self, id: VolumeId) -> Option<VolumeKey> {
+        self.volumes.iter().flatten().find(|v| v.id == id).map(|v| v.key)
+    }
+
+    /// The records after `after`, in order and without a gap, appended to `out`; at most
+    /// `max_records` of them and, beyond the first, `max_bytes` of payload. True when more wait.
+    ///
+    /// # Errors
+    /// [`Refused::AlreadyReleased`] when records between `after` and the oldest retained one are
+    /// gone and needed; [`Refused::AheadOfCaptured`]; [`Refused::NoSuchVolume`].
+    pub fn fetch(
+        &self,
+        volume: VolumeKey,
+        after: Lsn,
+        max_records: usize,
+        max_bytes: u64,
+        out: &mut Vec<Descriptor>,
+    ) -> Result<bool, Refused> {
+        let volume = self.volume(volume).ok_or(Refused::NoSuchVolume)?;
+        volume.log.fetch(after, max_records, max_bytes, out)
+    }
+
+    /// How much [`Self::fetch`] would find.
+    ///
+    /// # Errors
+    /// As [`Self::fetch`].
+    pub fn waiting(&self, volume: VolumeKey, after: Lsn) -> Result<Waiting, Refused> {
+        let volume = self.volume(volume).ok_or(Refused::NoSuchVolume)?;
+        let (records, payload, urgent) = volume.log.waiting(after)?;
+        Ok(Waiting { records, payload, urgent })
+    }
+
+    /// The volume's watermarks; what was handed to a reader counts as sent only when released.
+    #[must_use]
+    pub fn watermarks(&self, volume: VolumeKey) -> Option<SourceWatermarks> {
+        let log = &self.volume(volume)?.log;
+        SourceWatermarks::new(log.captured(), log.released(), log.released()).ok()
+    }
+
+    /// The chunk that the copy loop would take next: ask whether it begins a hole.
+    #[must_use]
+    pub fn peek_copy(&self, volume: VolumeKey) -> Option<Extent> {
+        let volume = self.volume(volume)?;
+        volume.dirty.next_dirty(volume.cursor)
+    }
+
+    /// Whether a write's pieces need checksums of their own (see `Event::Write::pieces`).
+    #[must_use]
+    pub fn is_catching_up(&self, volume: VolumeKey) -> bool {
+        self.volume(volume).is_some_and(|v| v.order == CaptureOrder::CatchUp)
+    }
+
+    /// When the closed gate opens alone, on the monotonic clock; the driver sends a
+    /// `Event::Tick` then.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.gate.deadline_ms()
+    }
+
+    /// The figures of a volume.
+    #[must_use]
+    pub fn status(&self, volume: VolumeKey) -> Option<CoreStatus> {
+        let v = self.volume(volume)?;
+        Some(CoreStatus {
+            volume: v.id,
+            size: v.size,
+            order: v.order,
+            reason: v.reason.clone().into_owned(),
+            dirty_bytes: v.dirty.dirty_bytes(),
+            catch_up_total: v.catch_up_total,
+            captured: v.log.captured(),
+            released: v.log.released(),
+            oldest: v.log.oldest(),
+            records: v.log.len(),
+            payload: v.log.payload(),
+            pool_used: v.ring.used(),
+            pool_bytes: v.ring.capacity(),
+            writes: v.figures.writes,
+            written_bytes: v.figures.written_bytes,
+            backing_errors: v.figures.backing_errors,
+            in_flight: v.locks.claims(),
+        })
+    }
+}

@@ -1,1 +1,14 @@
-//! .
+//! The agent: ships captured changes to the target host.
+//!
+//! A record meets the modules in this order: [`intake`] fetches descriptors from `filterd` and
+//! reads payload from the mapped pool; [`batch`] builds batches from them; [`session`] (a state
+//! machine without I/O) decides what is sent, resent and released; [`link`] carries it over TLS.
+//! [`points`] cuts recovery points at the target's interval, [`status`] answers people.
+//!
+//! The agent needs no privileges, opens no port, and holds nothing that it could lose: what is not
+//! durable at the target is still in `filterd`.
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod limits;
+pub mod session;

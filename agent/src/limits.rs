@@ -1,0 +1,54 @@
+//! Limits of the agent, each with the memory it stands for.
+//!
+//! Ceiling: the window (configured, 64 MiB) + for each volume one batch that exceeds it, the
+//! batches being built ahead and the builder's buffers: at most
+//! `(1 + PULLS_AHEAD) x 2.3 MiB + 3 MiB`, about 10 MiB and in practice 3.
+
+use std::time::Duration;
+
+/// Batches of one volume that may be asked for before the first arrives: one is built while the
+/// one before is sent.
+pub const PULLS_AHEAD: usize = 2;
+
+/// Bytes of batches built and not acknowledged, over all volumes of the host.
+pub const DEFAULT_WINDOW_BYTES: u64 = 64 << 20;
+
+/// Smallest configurable window: less than four large batches would wait for every answer.
+pub const MIN_WINDOW_BYTES: u64 = 8 << 20;
+
+/// Batches of one volume built and not acknowledged: bounds what many small ones cost.
+pub const MAX_WINDOW_BATCHES: usize = 1024;
+
+/// Payload that makes `filterd` answer a fetch at once, in bytes: one batch.
+pub const FETCH_BYTES: u32 = 1 << 20;
+
+/// Longest wait of a fetch after its first record: the age of a batch under little load.
+pub const FETCH_WAIT: Duration = Duration::from_millis(20);
+
+/// Longest wait of a fetch without any record; also how soon a feed notices that it has ended.
+pub const FETCH_IDLE: Duration = Duration::from_secs(1);
+
+/// How often `filterd` is asked for its volumes.
+pub const LIST_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often the newest acknowledged place is made durable, while it changes.
+pub const MEMORY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A connection that lived this long counts as a success for the retry policy.
+pub const PROVEN_AFTER: Duration = Duration::from_secs(5);
+
+/// Messages between the parts of the agent that wait to be taken. None is larger than a control
+/// message, and batches are bounded by the window.
+pub const CHANNEL: usize = 256;
+
+/// Ping when nothing was received for this long.
+pub const PING_AFTER: Duration = Duration::from_secs(5);
+
+/// A peer that said nothing for this long is dead.
+pub const PEER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Dial, TLS and handshake together.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long an orderly stop waits for acknowledgements.
+pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);

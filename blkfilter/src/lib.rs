@@ -11,6 +11,7 @@
 pub mod control;
 pub mod core;
 pub mod device;
+pub mod durable_fs;
 pub mod frontend;
 pub mod pool;
 pub mod sys;

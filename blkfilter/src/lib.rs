@@ -11,7 +11,6 @@
 pub mod control;
 pub mod core;
 pub mod device;
-pub mod durable_fs;
 pub mod frontend;
 pub mod pool;
 pub mod sys;

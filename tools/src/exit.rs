@@ -1,0 +1,121 @@
+//! Exit codes, and failures on their way to a person.
+
+use std::process::ExitCode;
+
+use farshore_extent::{Code, Problem};
+
+use crate::explain;
+
+/// How the program ends. A contract with scripts; `farshore check` alone uses other numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Done.
+    Ok,
+    /// It failed.
+    Failed,
+    /// The command line or the configuration is wrong.
+    Usage,
+    /// What was named does not exist.
+    NotFound,
+    /// A safety check refused.
+    Refused,
+    /// A daemon or a host does not answer.
+    Unreachable,
+    /// Some of it was done.
+    Partial,
+    /// Ctrl-C.
+    Interrupted,
+    /// Code of a monitoring plug-in.
+    Plugin(u8),
+}
+
+impl Exit {
+    /// The number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::NotFound => 3,
+            Self::Refused => 4,
+            Self::Unreachable => 5,
+            Self::Partial => 6,
+            Self::Interrupted => 130,
+            Self::Plugin(code) => code,
+        }
+    }
+
+    /// The exit code of a cause: what the catalogue says, or else its range.
+    #[must_use]
+    pub fn of(code: Code) -> Self {
+        if explain::entry(code).is_some_and(|e| e.not_found) {
+            return Self::NotFound;
+        }
+        match code.0 / 1000 {
+            1 => Self::Usage,
+            4 => Self::Refused,
+            5 => Self::Unreachable,
+            _ => Self::Failed,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.number())
+    }
+}
+
+/// One or several problems that ended a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The first; it decides the exit code.
+    pub first: Problem,
+    /// Further ones (a preflight names everything that stands in the way).
+    pub more: Vec<Problem>,
+    /// Causes below it, shown with `-v`.
+    pub chain: Vec<String>,
+}
+
+impl Failure {
+    /// From a list; none when it is empty.
+    pub fn from_list(problems: Vec<Problem>) -> Option<Self> {
+        let mut problems = problems.into_iter();
+        let first = problems.next()?;
+        Some(Self { first, more: problems.collect(), chain: Vec::new() })
+    }
+
+    /// A problem with the error that caused it.
+    pub fn caused(problem: Problem, cause: &(dyn std::error::Error + 'static)) -> Self {
+        let causes = std::iter::successors(Some(cause), |e| e.source());
+        Self { first: problem, more: Vec::new(), chain: causes.map(ToString::to_string).collect() }
+    }
+
+    /// How the program ends.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        Exit::of(self.first.code)
+    }
+}
+
+impl From<Problem> for Failure {
+    fn from(first: Problem) -> Self {
+        Self { first, more: Vec::new(), chain: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_codes_decide_the_exit_code() {
+        for (code, exit) in
+            [(1001, 2), (2999, 1), (3999, 1), (4012, 4), (5001, 5), (6999, 1), (6990, 3)]
+        {
+            assert_eq!(Exit::of(Code(code)).number(), exit, "{code}");
+        }
+        assert_eq!(Exit::Interrupted.number(), 130);
+    }
+}

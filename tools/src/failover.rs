@@ -1,0 +1,249 @@
+//! `farshore failover test|cleanup|list`: a point as a disk, and away with it.
+
+use clap::Subcommand;
+use farshore_extent::{Problem, ViewId, VolumeName, WallTime};
+use farshore_protocol::admin::{OpenView, TargetReply, TargetRequest, ViewInfo};
+use farshore_protocol::paths::Paths;
+
+use crate::args::{Global, bytes, volume_name};
+use crate::exit::{Exit, Failure};
+use crate::output::{Out, table};
+use crate::rpc::{self, Role};
+use crate::{choose, units};
+
+/// Version of the document.
+const SCHEMA: &str = "farshore.views/1";
+
+/// `failover …`
+#[derive(Debug, Subcommand)]
+pub enum FailoverCommand {
+    /// Open a point as a writable disk; replication is not touched
+    Test {
+        /// Which volume
+        #[arg(value_parser = volume_name)]
+        volume: VolumeName,
+        /// latest, app, p-12, tag:NAME, lsn:EPOCH.SEQ, or a time such as '2026-11-21 10:14'
+        #[arg(long, default_value = "latest")]
+        point: String,
+        /// Serve it also over the network, with TLS, on this address
+        #[arg(long, value_name = "HOST:PORT")]
+        tls: Option<String>,
+        /// Most bytes of writes it may take; the volume's size if not given
+        #[arg(long, value_name = "SIZE", value_parser = bytes)]
+        scratch: Option<u64>,
+    },
+    /// Close what a test opened and drop what was written to it
+    Cleanup {
+        /// The view or its volume; may be left out when only one is open
+        view: Option<String>,
+        /// What was learnt; kept as evidence in the event log
+        #[arg(long, default_value = "")]
+        note: String,
+    },
+    /// Points that are open
+    List,
+}
+
+/// `farshore failover …`
+pub fn run(command: &FailoverCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    match command {
+        FailoverCommand::Test { volume, point, tls, scratch } => {
+            let request = OpenView {
+                volume: volume.clone(),
+                point: choose::point(point)?,
+                scratch_bytes: scratch.unwrap_or(0),
+                tls_listen: tls.clone(),
+            };
+            test(request, global, out)
+        }
+        FailoverCommand::Cleanup { view, note } => cleanup(view.as_deref(), note, global, out),
+        FailoverCommand::List => {
+            let views = views(&global.paths())?;
+            if out.json {
+                out.document(SCHEMA, "views", &views);
+            } else {
+                out.text(&text(&views, WallTime::now()));
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+fn test(request: OpenView, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    if global.dry_run {
+        let (volume, point) = (&request.volume, choose::shown(&request.point));
+        out.line(format!("would open {volume} at {point} as a writable view"));
+        return Ok(Exit::Ok);
+    }
+    let volume = request.volume.clone();
+    let TargetReply::View(view) = rpc::target(&global.paths(), &TargetRequest::OpenView(request))?
+    else {
+        return Err(rpc::unexpected(Role::Target).into());
+    };
+    if out.json {
+        out.document(SCHEMA, "views", &[view]);
+        return Ok(Exit::Ok);
+    }
+    out.text(&opened(&view, WallTime::now()));
+    out.hint(format!("look at it: nbdinfo '{}'", uri(&view)));
+    out.hint(format!("when done:  farshore failover cleanup {volume} --note 'what was learnt'"));
+    Ok(Exit::Ok)
+}
+
+/// Where a client finds the view.
+pub fn uri(view: &ViewInfo) -> String {
+    format!("nbd+unix:///{}?socket={}", view.export, view.nbd_socket.display())
+}
+
+fn place(view: &ViewInfo) -> String {
+    view.point.map_or_else(|| format!("lsn:{}", view.lsn), |p| p.to_string())
+}
+
+fn opened(view: &ViewInfo, now: WallTime) -> String {
+    let micros = view.open_micros;
+    let mut text = format!(
+        "opened {} at {}, {} ({}), in {}.{} ms\n  {}\n",
+        view.volume,
+        place(view),
+        units::instant(view.time),
+        units::ago(now, view.time),
+        micros / 1000,
+        micros % 1000 / 100,
+        uri(view),
+    );
+    if let Some(address) = &view.tls_address {
+        text.push_str(&format!("  nbds://{address}/{}\n", view.export));
+    }
+    let limit = units::bytes(view.scratch_bytes);
+    text.push_str(&format!(
+        "  writable: up to {limit} of writes go to its own scratch and are gone after cleanup; \
+         replication goes on\n"
+    ));
+    text
+}
+
+/// Every open view.
+pub fn views(paths: &Paths) -> Result<Vec<ViewInfo>, Problem> {
+    match rpc::target(paths, &TargetRequest::Views)? {
+        TargetReply::Views(views) => Ok(views),
+        _ => Err(rpc::unexpected(Role::Target)),
+    }
+}
+
+fn text(views: &[ViewInfo], now: WallTime) -> String {
+    let head = ["VOLUME", "POINT", "TIME", "OPEN FOR", "WRITTEN", "EXPORT", "VIEW"];
+    let row = |v: &ViewInfo| {
+        vec![
+            v.volume.to_string(),
+            place(v),
+            units::instant(v.time),
+            units::span(now.since(v.opened)),
+            units::bytes(v.scratch_used),
+            uri(v),
+            v.view.to_string(),
+        ]
+    };
+    let head = head.map(str::to_owned).to_vec();
+    table(&std::iter::once(head).chain(views.iter().map(row)).collect::<Vec<_>>())
+}
+
+/// The views that a word means: an identity, a volume, or the only one that is open.
+fn chosen(views: Vec<ViewInfo>, word: Option<&str>) -> Result<Vec<ViewInfo>, Problem> {
+    let Some(word) = word else {
+        if views.len() == 1 {
+            return Ok(views);
+        }
+        return Err(Problem::harmless(
+            1909,
+            format!("{} views are open; say which one", views.len()),
+            "a view is left out only when exactly one is open",
+            "farshore failover list",
+        ));
+    };
+    let id = word.parse::<ViewId>().ok();
+    let found: Vec<_> =
+        views.into_iter().filter(|v| id == Some(v.view) || v.volume.as_str() == word).collect();
+    if found.is_empty() {
+        return Err(Problem::harmless(
+            6990,
+            format!("no open view of `{word}`"),
+            "it is neither an open view nor a volume with one",
+            "farshore failover list",
+        ));
+    }
+    Ok(found)
+}
+
+fn cleanup(word: Option<&str>, note: &str, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    let paths = global.paths();
+    let closing = chosen(views(&paths)?, word)?;
+    if global.dry_run {
+        for view in &closing {
+            out.line(format!("would close {} at {}", view.volume, place(view)));
+        }
+        return Ok(Exit::Ok);
+    }
+    for view in &closing {
+        let request = TargetRequest::CloseView { view: view.view, note: note.to_owned() };
+        rpc::target(&paths, &request)?;
+        if !out.json {
+            let written = units::bytes(view.scratch_used);
+            let point = place(view);
+            out.line(format!("closed {} at {point}; {written} of scratch dropped", view.volume));
+        }
+    }
+    if out.json {
+        out.document(SCHEMA, "views", &closing);
+    }
+    Ok(Exit::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use farshore_extent::{Epoch, Lsn, PointId, Seq, VolumeSize};
+
+    use super::*;
+
+    fn view(n: u8, volume: &str) -> ViewInfo {
+        ViewInfo {
+            view: ViewId::from_bytes([n; 16]),
+            volume: VolumeName::new(volume).unwrap(),
+            size: VolumeSize::new(256 << 20).unwrap(),
+            lsn: Lsn::new(Epoch::new(3), Seq::new(1042)),
+            time: WallTime::from_nanos(1_795_252_440_123_000_000),
+            point: Some(PointId::new(312)),
+            nbd_socket: "/run/farshore/views/1.sock".into(),
+            export: "shop".into(),
+            tls_address: Some("192.0.2.7:10809".into()),
+            opened: WallTime::from_nanos(1_795_252_441_000_000_000),
+            open_micros: 3120,
+            scratch_used: 4096,
+            scratch_bytes: 256 << 20,
+        }
+    }
+
+    #[test]
+    fn a_view_as_json_is_a_contract() {
+        let document = crate::output::document(SCHEMA, "views", &[view(1, "shop")]);
+        crate::status::golden::same("views.json", &document);
+    }
+
+    #[test]
+    fn cleanup_without_a_name_needs_exactly_one_view() {
+        assert_eq!(chosen(vec![view(1, "a")], None).unwrap().len(), 1);
+        assert_eq!(chosen(vec![], None).unwrap_err().code.0, 1909);
+        let two = vec![view(1, "a"), view(2, "a"), view(3, "b")];
+        assert_eq!(chosen(two.clone(), None).unwrap_err().code.0, 1909);
+        assert_eq!(chosen(two.clone(), Some("a")).unwrap().len(), 2);
+        assert_eq!(chosen(two.clone(), Some(&two[2].view.to_string())).unwrap().len(), 1);
+        assert_eq!(chosen(two, Some("c")).unwrap_err().code.0, 6990);
+    }
+
+    #[test]
+    fn an_opened_view_says_where_it_is_and_how_long_it_took() {
+        let text = opened(&view(1, "shop"), WallTime::from_nanos(1_795_252_740_123_000_000));
+        assert!(text.contains("p-312") && text.contains("in 3.1 ms") && text.contains("5m00s ago"));
+        assert!(text.contains("nbd+unix:///shop?socket=/run/farshore/views/1.sock"));
+        assert!(text.contains("nbds://192.0.2.7:10809/shop"));
+    }
+}

@@ -1,0 +1,54 @@
+//! The command line of Farshore, the demo, and what the system tests share with it.
+//!
+//! One executable carries every role, so versions cannot drift on a host. This crate parses what a
+//! person types, asks the daemons over their local sockets and renders answers; it never touches a
+//! protected volume, a journal or a certificate itself.
+#![forbid(unsafe_code)]
+
+pub mod ledger;
+pub mod nbd_client;
+pub mod rpc;
+
+mod args;
+mod ask;
+mod check;
+mod choose;
+mod demo;
+mod exit;
+mod explain;
+mod failover;
+mod hosts;
+mod journal;
+mod output;
+mod points;
+mod protect;
+mod roles;
+mod signals;
+mod status;
+mod units;
+
+use std::process::ExitCode;
+
+pub use exit::{Exit, Failure};
+
+/// Parses the arguments, does what they ask and turns the outcome into an exit code
+/// (design of the interfaces: 0 ok, 1 failed, 2 usage, 3 not found, 4 refused, 5 unreachable,
+/// 6 partial, 130 interrupted).
+#[must_use]
+pub fn command_line() -> ExitCode {
+    let cli = match args::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(done) => return done.into(),
+    };
+    let out = output::Out::new(&cli.global);
+    if cli.global.die_with_parent {
+        signals::die_with_parent();
+    }
+    match args::dispatch(&cli, &out) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            out.failure(&failure);
+            failure.exit().into()
+        }
+    }
+}

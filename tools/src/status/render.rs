@@ -1,0 +1,265 @@
+//! The table for people and the document for programs.
+
+use std::time::Duration;
+
+use farshore_extent::PairState;
+
+use super::merge::{Row, StatusReport, Trouble};
+use crate::output::{Out, Tone, table};
+use crate::units;
+
+const HEAD: [&str; 10] = [
+    "VOLUME",
+    "HOST",
+    "GROUP",
+    "STATE",
+    "RPO",
+    "TARGET",
+    "LAG",
+    "OLDEST POINT",
+    "POINTS",
+    "LAST DRILL",
+];
+
+/// The document of `status --json`.
+pub fn json(report: &StatusReport) -> String {
+    serde_json::to_string_pretty(&document(report)).unwrap_or_default()
+}
+
+fn document(report: &StatusReport) -> serde_json::Value {
+    let mut document = crate::output::document(super::SCHEMA, "status", report);
+    // One level: `volumes` and `problems` stand beside `schema`.
+    if let Some(map) = document.as_object_mut() {
+        if let Some(serde_json::Value::Object(inner)) = map.remove("status") {
+            map.extend(inner);
+        }
+    }
+    document
+}
+
+/// The table, and the problems below it.
+pub fn text(report: &StatusReport, out: &Out) -> String {
+    let mut rows = vec![HEAD.map(str::to_owned).to_vec()];
+    rows.extend(report.volumes.iter().map(|row| cells(row, report)));
+    let mut lines: Vec<String> = table(&rows).lines().map(str::to_owned).collect();
+    for (line, row) in lines.iter_mut().skip(1).zip(&report.volumes) {
+        let word = state(row);
+        *line = line.replacen(&word, &out.paint(tone(row.state), &word), 1);
+    }
+    let mut text = lines.join("\n");
+    text.push('\n');
+    text.push_str(&problems(&report.problems));
+    text
+}
+
+fn tone(state: PairState) -> Tone {
+    match state {
+        PairState::Protected => Tone::Good,
+        PairState::InitialSync
+        | PairState::Lagging
+        | PairState::CatchUp
+        | PairState::Resync
+        | PairState::Paused
+        | PairState::Reversing
+        | PairState::FailedOverPending => Tone::Warn,
+        PairState::Unprotected | PairState::Broken | PairState::FailedOverCommitted => Tone::Bad,
+    }
+}
+
+fn state(row: &Row) -> String {
+    row.copy_percent
+        .map_or_else(|| row.state.as_str().to_owned(), |p| format!("{}  {p}%", row.state.as_str()))
+}
+
+fn cells(row: &Row, report: &StatusReport) -> Vec<String> {
+    let ms = |ms: u64| Duration::from_millis(ms);
+    let missed = row.rpo_ms.zip(row.rpo_target_ms).is_some_and(|(is, wanted)| {
+        // A point every interval is between one and two intervals old just before the next.
+        is > wanted.saturating_mul(2)
+    });
+    let rpo = row.rpo_ms.map_or("-".into(), |v| units::span(ms(v)));
+    vec![
+        row.volume.to_string(),
+        row.host.clone().unwrap_or_else(|| "-".into()),
+        row.group.clone().unwrap_or_else(|| "-".into()),
+        state(row),
+        if missed { format!("{rpo} !") } else { rpo },
+        row.rpo_target_ms.map_or("-".into(), |v| units::Interval(ms(v)).to_string()),
+        units::bytes(row.lag_bytes),
+        row.oldest_point.map_or("-".into(), |t| units::span(report.now.since(t))),
+        row.points.to_string(),
+        row.last_drill.map_or("never".into(), |t| units::ago(report.now, t)),
+    ]
+}
+
+fn problems(problems: &[Trouble]) -> String {
+    let Some(count) = std::num::NonZeroUsize::new(problems.len()) else {
+        return String::new();
+    };
+    let word = if count.get() == 1 { "1 problem:" } else { &format!("{count} problems:") };
+    let indent = " ".repeat(word.len());
+    let row = |(i, t): (usize, &Trouble)| {
+        vec![
+            if i == 0 { word.to_owned() } else { indent.clone() },
+            t.volume.as_ref().map_or("-".into(), ToString::to_string),
+            format!("{} {}", t.problem.code, t.problem.what),
+            format!("farshore explain {}", t.problem.code),
+        ]
+    };
+    format!("\n{}", table(&problems.iter().enumerate().map(row).collect::<Vec<_>>()))
+}
+
+#[cfg(test)]
+pub mod tests_data {
+    //! Three volumes: well, slow, and being copied.
+    use farshore_blkfilter::control::{BackendKind, CopyProgress, VolumeInfo, VolumeStatus};
+    use farshore_extent::{
+        BlockSizes, CaptureOrder, Epoch, Lsn, PairState, Problem, Seq, VolumeId, VolumeName,
+        VolumeSize, WallTime,
+    };
+    use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus};
+
+    use crate::status::collect::Sides;
+
+    /// The instant at which the tests look.
+    pub const NOW: WallTime = WallTime::from_nanos(1_795_252_440_000_000_000);
+
+    fn back(seconds: i64) -> WallTime {
+        WallTime::from_nanos(NOW.nanos() - seconds * 1_000_000_000)
+    }
+
+    fn replica(n: u8, name: &str, host: &str) -> ReplicaStatus {
+        let at = |seq| Lsn::new(Epoch::new(3), Seq::new(seq));
+        ReplicaStatus {
+            volume: VolumeId::from_bytes([n; 16]),
+            name: VolumeName::new(name).unwrap(),
+            host_name: host.into(),
+            size: VolumeSize::new(10 << 30).unwrap(),
+            state: PairState::Protected,
+            order: CaptureOrder::Ordered,
+            connected: true,
+            rpo_ms: Some(3120),
+            rpo_target_ms: 30_000,
+            lag_bytes: 2_202_000,
+            copy_remaining: 0,
+            copy_total: 0,
+            copy_rate: 0,
+            journaled: at(1042),
+            floor: at(7),
+            points: 288,
+            newest_point: Some(back(3)),
+            oldest_point: Some(back(86_280)),
+            views: 1,
+            journal_bytes: 7 << 30,
+            last_drill: Some(back(180_000)),
+            problems: Vec::new(),
+        }
+    }
+
+    /// What the roles would answer.
+    pub fn sides() -> Sides {
+        let slow = Problem::harmless(
+            3107,
+            "link slower than change rate for 4 min (18 vs 26 MiB/s)",
+            "the change rate is above what the link carries",
+            "wait, or widen the link",
+        );
+        let files = ReplicaStatus {
+            state: PairState::Lagging,
+            rpo_ms: Some(252_000),
+            rpo_target_ms: 60_000,
+            lag_bytes: 3_650_722_202,
+            last_drill: None,
+            points: 271,
+            problems: vec![slow],
+            ..replica(2, "files", "nas2")
+        };
+        let mail = ReplicaStatus {
+            state: PairState::Resync,
+            copy_remaining: 36,
+            copy_total: 100,
+            copy_rate: 40 << 20,
+            ..replica(3, "mail", "mx1")
+        };
+        let pgdata = replica(1, "pgdata", "db1");
+        let known = AgentVolume {
+            volume: pgdata.volume,
+            name: pgdata.name.clone(),
+            problem: None,
+            sent: pgdata.journaled,
+            journaled: pgdata.journaled,
+            journaled_time: back(1),
+            points: 280,
+            newest_point: pgdata.newest_point,
+            oldest_point: pgdata.oldest_point,
+            raw_bytes: 1 << 30,
+            wire_bytes: 1 << 29,
+        };
+        let source = VolumeStatus {
+            info: VolumeInfo {
+                volume: pgdata.volume,
+                name: pgdata.name.clone(),
+                backing: "/dev/vdb".into(),
+                backend: BackendKind::Block,
+                size: pgdata.size,
+                blocks: BlockSizes::new(512, 4096).unwrap(),
+                nbd_socket: "/run/farshore/nbd/pgdata.sock".into(),
+                epoch: Epoch::new(3),
+                point_interval_ms: Some(30_000),
+            },
+            order: CaptureOrder::Ordered,
+            reason: String::new(),
+            copy: CopyProgress::default(),
+            captured: pgdata.journaled,
+            released: pgdata.journaled,
+            oldest_unreleased: back(1),
+            pool_used: 2_202_010,
+            pool_bytes: 64 << 20,
+            clients: 1,
+            writes: 1000,
+            written_bytes: 4 << 20,
+            reads: 10,
+            backing_errors: 0,
+        };
+        let agent = AgentStatus {
+            target: "backup:9443".into(),
+            connected: true,
+            problem: None,
+            retry_in_ms: None,
+            volumes: vec![known],
+        };
+        Sides {
+            filterd: Some(vec![source]),
+            agent: Some(agent),
+            target: Some(vec![pgdata, files, mail]),
+            silent: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tests_data::{NOW, sides};
+    use super::*;
+    use crate::args::Global;
+    use crate::status::merge::merge;
+
+    #[test]
+    fn the_table_reads_as_in_the_design() {
+        let out = Out::new(&Global::default());
+        let expected = "\
+VOLUME  HOST  GROUP  STATE        RPO      TARGET  LAG      OLDEST POINT  POINTS  LAST DRILL
+files   nas2  -      lagging      4m12s !  1m      3.4 GiB  23h58m        271     never
+mail    mx1   -      resync  64%  3.1s     30s     2.0 MiB  23h58m        288     2d ago
+pgdata  db1   -      protected    3.1s     30s     2.1 MiB  23h58m        288     2d ago
+
+1 problem:  files  FS-3107 link slower than change rate for 4 min (18 vs 26 MiB/s)  farshore explain FS-3107
+";
+        assert_eq!(text(&merge(&sides(), NOW), &out), expected);
+    }
+
+    #[test]
+    fn the_document_is_a_contract() {
+        crate::status::golden::same("status.json", &document(&merge(&sides(), NOW)));
+    }
+}

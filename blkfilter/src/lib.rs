@@ -8,9 +8,11 @@
 //!
 //! Unsafe code lives in `sys` only.
 
+pub mod backing;
 pub mod control;
 pub mod core;
 pub mod device;
 pub mod frontend;
 pub mod pool;
+pub mod preflight;
 pub mod sys;

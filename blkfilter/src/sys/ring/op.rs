@@ -158,6 +158,8 @@ pub(super) enum Step {
 pub(super) struct Active {
     pub(super) op: Op,
     pub(super) step: Step,
+    /// Interruptions still tolerated; a device that never stops asking again has failed.
+    patience: u8,
     user_data: u64,
 }
 
@@ -168,14 +170,15 @@ impl Active {
             Op::Zero { .. } => Step::Zeroing(0),
             Op::Sync => Step::Syncing,
         };
-        Self { op, step, user_data }
+        Self { op, step, patience: 16, user_data }
     }
 
     /// Takes the kernel's result for the step under way.
     pub(super) fn advance(&mut self, result: i32) -> Next {
         if result < 0 {
             let error = errno(result);
-            if error == Errno::EINTR || error == Errno::EAGAIN {
+            if matches!(error, Errno::EINTR | Errno::EAGAIN) && self.patience > 0 {
+                self.patience -= 1;
                 return Next::Again;
             }
             if let (Step::Zeroing(0), Errno::EOPNOTSUPP) = (self.step, error) {
@@ -234,6 +237,8 @@ mod tests {
         assert_eq!(active.step, Step::Transfer(4096));
         assert_eq!(finished(active.advance(0)), Some(Err(Errno::EIO)));
         assert_eq!(finished(active.advance(4096)), Some(Ok(())));
+        let given_up = (0..100).find_map(|_| finished(active.advance(-libc::EAGAIN)));
+        assert_eq!(given_up, Some(Err(Errno::EAGAIN)));
     }
 
     #[test]

@@ -1,2 +1,5 @@
 //! Front ends: the only places that know a kernel or client protocol. They serve any
 //! [`Device`](crate::device::Device): the filter on the source, views on the target.
+
+pub mod memory;
+pub mod nbd;

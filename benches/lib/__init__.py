@@ -1,0 +1,1 @@
+"""Shared parts of the ratio benchmarks: pairing, CPU accounting, peers, reports."""

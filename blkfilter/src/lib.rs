@@ -12,6 +12,7 @@ pub mod backing;
 pub mod control;
 pub mod core;
 pub mod device;
+pub mod durable_fs;
 pub mod frontend;
 pub mod pool;
 pub mod preflight;

@@ -7,8 +7,10 @@
 //! The agent pulls: [`Request::Fetch`] waits until there is a batch worth of records, so the write
 //! path makes no system call to hand a record over.
 
+pub mod client;
 mod message;
 
+pub use client::{Client, FetchWish};
 pub use message::{
     BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced, MarkerRequest,
     PoolPlace, ProtectRequest, Reply, Request, VolumeInfo, VolumeStatus,

@@ -160,7 +160,8 @@ impl CaptureCore {
         };
         let what = request.what.backing();
         let range = request.what.range().filter(|(_, sharing)| {
-            !faults.no_range_lock && !(faults.copy_without_lock && *sharing == Sharing::Shared)
+            let off = faults.copy_without_lock && *sharing == Sharing::Shared;
+            !(faults.no_range_lock || off)
         });
         let io = self.requests.insert(request);
         let held = range.is_none_or(|(extent, sharing)| {

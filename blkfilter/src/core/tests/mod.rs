@@ -1,1 +1,7 @@
+//! Every rule of the core by name, and random schedules against a model of disk and replica.
 
+mod group;
+mod model;
+mod rig;
+mod rules;
+mod rules_order;

@@ -5,19 +5,24 @@
 //! next call connects anew.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use farshore_changelog::codec::{read_message, write_message};
 use farshore_extent::{Lsn, MarkerId, Problem, VolumeId, VolumeName};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::message::{
     Fetched, MarkerPlaced, MarkerRequest, ProtectRequest, Reply, Request, VolumeInfo, VolumeStatus,
 };
 use crate::sys::fdpass::FdReader;
 use crate::sys::pool_reader::ReadOnlyPool;
+
+/// Time to be accepted, in seconds.
+const CONNECT_SECONDS: i64 = 10;
 
 /// Time an ordinary call may take.
 const CALL: Duration = Duration::from_secs(10);
@@ -288,8 +293,17 @@ fn talk(stream: &UnixStream, request: &Request, limit: Duration) -> io::Result<A
     Ok((reply, reader.into_fd()))
 }
 
+/// Connects; a daemon that hangs with a full backlog counts as one that does not answer.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(CONNECT_SECONDS))?;
+    nix::sys::socket::connect(fd.as_raw_fd(), &address)?;
+    Ok(fd.into())
+}
+
 fn open(path: &Path) -> Result<UnixStream, Problem> {
-    UnixStream::connect(path).map_err(|error| match error.kind() {
+    connect(path).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => Problem::harmless(
             5004,
             format!("no permission to talk to filterd on {}", path.display()),

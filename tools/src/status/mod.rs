@@ -14,7 +14,7 @@ use farshore_extent::WallTime;
 use crate::args::Global;
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
-use crate::signals::Interrupt;
+use crate::signals;
 
 pub use collect::Sides;
 pub use merge::{Row, StatusReport, merge};
@@ -37,7 +37,7 @@ pub fn run(args: &StatusArgs, global: &Global, out: &Out) -> Result<Exit, Failur
     if !args.watch {
         return show(global, out, "");
     }
-    let interrupt = Interrupt::install();
+    let interrupt = signals::interrupt();
     // On a terminal the table is drawn again in place; in a file, a line of history each time.
     let (clear, pause) =
         if Out::on_terminal() && !out.json { ("\x1b[H\x1b[J", 1) } else { ("", 10) };

@@ -56,7 +56,7 @@ impl Client {
     /// Connects to the daemon's control socket.
     ///
     /// # Errors
-    /// FS-5001 when nobody listens there, FS-5004 when this user may not.
+    /// FS-5901 when nobody listens there, FS-4901 when this user may not.
     pub fn connect(path: &Path) -> Result<Self, Problem> {
         let stream = open(path)?;
         Ok(Self { path: path.to_owned(), stream: Some(stream) })
@@ -65,7 +65,7 @@ impl Client {
     /// Every protected volume and its state.
     ///
     /// # Errors
-    /// The daemon's problem, or FS-5001 to FS-5004 of the connection (so for all calls).
+    /// The daemon's problem, or FS-4901, FS-5901, FS-5904, FS-5907 of the connection (so for all calls).
     pub fn list(&mut self) -> Result<Vec<VolumeStatus>, Problem> {
         match self.call(&Request::List, CALL)? {
             Reply::Volumes(volumes) => Ok(volumes),
@@ -138,7 +138,7 @@ impl Client {
     /// Maps the pool of a volume for reading.
     ///
     /// # Errors
-    /// As for [`Self::list`]; FS-5003 when what arrives is no sealed pool of the announced size.
+    /// As for [`Self::list`]; FS-5907 when what arrives is no sealed pool of the announced size.
     pub fn open_pool(&mut self, volume: VolumeId) -> Result<ReadOnlyPool, Problem> {
         let (reply, fd) = self.exchange(&Request::OpenPool { volume }, CALL)?;
         let len = match reply {
@@ -243,7 +243,7 @@ impl Client {
             ),
         };
         Problem::harmless(
-            5002,
+            5904,
             what,
             why,
             "look at the state with `farshore status` and at the log of filterd, then try again",
@@ -268,7 +268,7 @@ impl Client {
 
     fn broken(&self, why: &str) -> Problem {
         Problem::harmless(
-            5003,
+            5907,
             format!("filterd on {} gave an answer that makes no sense", self.path.display()),
             why,
             "check that filterd and this command are of the same version (`farshore --version`), \
@@ -305,13 +305,13 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
 fn open(path: &Path) -> Result<UnixStream, Problem> {
     connect(path).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => Problem::harmless(
-            5004,
+            4901,
             format!("no permission to talk to filterd on {}", path.display()),
             "the control socket belongs to the user that runs filterd",
             "run the command as that user or as root",
         ),
         _ => Problem::harmless(
-            5001,
+            5901,
             format!("filterd is not running: nobody answers on {}", path.display()),
             error.to_string(),
             "start it with `systemctl start farshore-filterd`, or `farshore filterd` (with the \

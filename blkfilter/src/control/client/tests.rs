@@ -38,7 +38,7 @@ fn socket() -> (tempfile::TempDir, PathBuf) {
 fn a_daemon_that_does_not_run_is_named_with_the_way_to_start_it() {
     let (_dir, path) = socket();
     let problem = Client::connect(&path).unwrap_err();
-    assert_eq!(problem.code, Code(5001));
+    assert_eq!(problem.code, Code(5901));
     assert!(problem.what.contains("filterd.sock") && problem.next.contains("farshore filterd"));
 }
 
@@ -98,7 +98,7 @@ fn the_pool_arrives_by_descriptor_and_is_mapped() {
     let mut client = Client::connect(&path).unwrap();
     let mapped = client.open_pool(VolumeId::NIL).unwrap();
     assert!(mapped.bytes(place, 4096).unwrap().iter().all(|&b| b == 0x5a));
-    assert_eq!(client.open_pool(VolumeId::NIL).unwrap_err().code, Code(5003));
+    assert_eq!(client.open_pool(VolumeId::NIL).unwrap_err().code, Code(5907));
     drop(client);
     drop(UnixStream::connect(&path).unwrap());
     server.join().unwrap();
@@ -120,7 +120,7 @@ fn a_lost_connection_is_reported_once_and_made_again() {
         }),
     );
     let mut client = Client::connect(&path).unwrap();
-    assert_eq!(client.list().unwrap_err().code, Code(5002));
+    assert_eq!(client.list().unwrap_err().code, Code(5904));
     assert!(client.list().unwrap().is_empty());
     drop(client);
     server.join().unwrap();
@@ -143,8 +143,8 @@ fn an_answer_of_another_kind_or_garbage_is_not_trusted() {
         }),
     );
     let mut client = Client::connect(&path).unwrap();
-    assert_eq!(client.list().unwrap_err().code, Code(5003));
-    assert_eq!(client.list().unwrap_err().code, Code(5003));
+    assert_eq!(client.list().unwrap_err().code, Code(5907));
+    assert_eq!(client.list().unwrap_err().code, Code(5907));
     assert!(client.list().is_ok());
     drop(client);
     server.join().unwrap();
@@ -158,7 +158,7 @@ fn a_daemon_that_hangs_does_not_hang_its_callers() {
     let stream = client.stream.as_ref().unwrap();
     let error = talk(stream, &Request::List, Duration::from_millis(30)).unwrap_err();
     let problem = client.lost(&error, Duration::from_millis(30));
-    assert_eq!(problem.code, Code(5002));
+    assert_eq!(problem.code, Code(5904));
     assert!(problem.what.contains("did not answer"));
     client.stream = None;
 }

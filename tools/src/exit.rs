@@ -70,38 +70,44 @@ impl From<Exit> for ExitCode {
 /// One or several problems that ended a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// The first; it decides the exit code.
-    pub first: Problem,
-    /// Further ones (a preflight names everything that stands in the way).
-    pub more: Vec<Problem>,
-    /// Causes below it, shown with `-v`.
+    /// At least one; the first decides the exit code (a preflight names everything that stands
+    /// in the way).
+    problems: Vec<Problem>,
+    /// Causes below the first, shown with `-v`.
     pub chain: Vec<String>,
 }
 
 impl Failure {
     /// From a list; none when it is empty.
+    #[must_use]
     pub fn from_list(problems: Vec<Problem>) -> Option<Self> {
-        let mut problems = problems.into_iter();
-        let first = problems.next()?;
-        Some(Self { first, more: problems.collect(), chain: Vec::new() })
+        (!problems.is_empty()).then_some(Self { problems, chain: Vec::new() })
     }
 
     /// A problem with the error that caused it.
+    #[must_use]
     pub fn caused(problem: Problem, cause: &(dyn std::error::Error + 'static)) -> Self {
         let causes = std::iter::successors(Some(cause), |e| e.source());
-        Self { first: problem, more: Vec::new(), chain: causes.map(ToString::to_string).collect() }
+        let chain = causes.map(ToString::to_string).collect();
+        Self { problems: vec![problem], chain }
+    }
+
+    /// All of them, the decisive one first.
+    #[must_use]
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
     }
 
     /// How the program ends.
     #[must_use]
     pub fn exit(&self) -> Exit {
-        Exit::of(self.first.code)
+        self.problems.first().map_or(Exit::Failed, |p| Exit::of(p.code))
     }
 }
 
 impl From<Problem> for Failure {
-    fn from(first: Problem) -> Self {
-        Self { first, more: Vec::new(), chain: Vec::new() }
+    fn from(problem: Problem) -> Self {
+        Self { problems: vec![problem], chain: Vec::new() }
     }
 }
 

@@ -116,7 +116,7 @@ mod tests {
 
     fn numbers(source: &str) -> Vec<u16> {
         let mut found = Vec::new();
-        for opening in ["harmless(", "Code(", "problem(", "fail("] {
+        for opening in ["harmless(", "Code(", "problem(", "refused(", "fail("] {
             for after in source.split(opening).skip(1) {
                 found.extend(leading_code(after));
             }

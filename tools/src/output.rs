@@ -110,7 +110,7 @@ impl Out {
             return;
         }
         let mut stderr = std::io::stderr().lock();
-        for problem in std::iter::once(&failure.first).chain(&failure.more) {
+        for problem in failure.problems() {
             let _ = stderr.write_all(problem_text(problem, self.colour_err).as_bytes());
         }
         if self.verbose {
@@ -153,11 +153,11 @@ pub fn document<T: Serialize>(schema: &str, key: &str, value: &T) -> Value {
 
 /// The document of an error.
 pub fn failure_document(failure: &Failure) -> Value {
-    let more = &failure.more;
+    let (first, more) = failure.problems().split_at(1.min(failure.problems().len()));
     let mut document = json!({
         "schema": "farshore.error/1",
         "exit": failure.exit().number(),
-        "error": failure.first,
+        "error": first.first(),
         "more": more,
         "causes": failure.chain,
     });

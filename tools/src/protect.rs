@@ -1,17 +1,17 @@
 //! `farshore protect` and `unprotect`. The preflight always runs first and names everything that
 //! stands in the way.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use farshore_blkfilter::control::{ProtectRequest, Reply, Request, VolumeInfo};
+use farshore_blkfilter::control::{ProtectRequest, VolumeInfo};
 use farshore_extent::VolumeName;
 
 use crate::args::{Global, bytes, interval, volume_name};
 use crate::ask::confirm;
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
-use crate::rpc::{self, Role};
+use crate::rpc;
 use crate::units::{self, Interval};
 
 /// Version of the document.
@@ -31,6 +31,9 @@ pub struct ProtectArgs {
     /// Memory that holds writes until they are safe at the target
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pool: Option<u64>,
+    /// Unix socket on which clients find it, instead of one in the run directory
+    #[arg(long, value_name = "PATH")]
+    nbd_socket: Option<PathBuf>,
 }
 
 /// Options of `unprotect`.
@@ -44,21 +47,23 @@ pub struct UnprotectArgs {
     force: bool,
 }
 
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
 /// `farshore protect`.
 pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let paths = global.paths();
     let request = ProtectRequest {
         name: args.name.clone(),
         // The daemon has another working directory.
-        backing: std::path::absolute(&args.path).unwrap_or_else(|_| args.path.clone()),
-        nbd_socket: None,
+        backing: absolute(&args.path),
+        nbd_socket: args.nbd_socket.as_deref().map(absolute),
         pool_bytes: args.pool,
         point_interval_ms: args.policy.map(Interval::millis),
     };
-    let Reply::Preflight(found) = rpc::filterd(&paths, &Request::Preflight(request.clone()))?
-    else {
-        return Err(rpc::unexpected(Role::Filterd).into());
-    };
+    let mut filterd = rpc::filterd(&paths)?;
+    let found = filterd.preflight(request.clone())?;
     if let Some(failure) = Failure::from_list(found) {
         return Err(failure);
     }
@@ -71,9 +76,7 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
         }
         return Ok(Exit::Ok);
     }
-    let Reply::Protected(info) = rpc::filterd(&paths, &Request::Protect(request))? else {
-        return Err(rpc::unexpected(Role::Filterd).into());
-    };
+    let info = filterd.protect(request)?;
     if out.json {
         out.document(SCHEMA, "volume", &info);
     } else {
@@ -107,8 +110,7 @@ pub fn unprotect(args: &UnprotectArgs, global: &Global, out: &Out) -> Result<Exi
         return Ok(Exit::Ok);
     }
     confirm(&format!("stop protecting {name}? Later writes will not be replicated."), global)?;
-    let request = Request::Unprotect { name: name.clone(), force: args.force };
-    rpc::filterd(&global.paths(), &request)?;
+    rpc::filterd(&global.paths())?.unprotect(name.clone(), args.force)?;
     if out.json {
         out.document(SCHEMA, "unprotected", name);
     } else {

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use farshore_blkfilter::control;
+use farshore_blkfilter::control::client::Client;
 use farshore_changelog::codec;
 use farshore_extent::Problem;
 use farshore_protocol::admin::{AgentReply, AgentRequest, TargetReply, TargetRequest};
@@ -19,8 +19,6 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// A role with a local socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The source daemon.
-    Filterd,
     /// The agent.
     Agent,
     /// The target daemon.
@@ -32,7 +30,6 @@ impl Role {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Filterd => "the source daemon (filterd)",
             Self::Agent => "the agent",
             Self::Target => "the target daemon",
         }
@@ -40,7 +37,6 @@ impl Role {
 
     const fn start(self) -> &'static str {
         match self {
-            Self::Filterd => "start it: farshore filterd",
             Self::Agent => "start it: farshore agent",
             Self::Target => "start it: farshore target run",
         }
@@ -48,7 +44,6 @@ impl Role {
 
     const fn codes(self) -> (u16, u16) {
         match self {
-            Self::Filterd => (5901, 5904),
             Self::Agent => (5902, 5905),
             Self::Target => (5903, 5906),
         }
@@ -105,12 +100,12 @@ fn exchange<Q: Serialize, R: DeserializeOwned>(
     run().unwrap_or_else(|error| Err(unreachable(role, socket, &error)))
 }
 
-/// Asks the source daemon.
+/// A connection to the source daemon.
 ///
 /// # Errors
-/// Its own problem, or 5xxx when it does not answer.
-pub fn filterd(paths: &Paths, request: &control::Request) -> Result<control::Reply, Problem> {
-    exchange(Role::Filterd, &paths.filterd_socket(), request, ANSWER)
+/// FS-5901 when it does not answer, FS-4901 when this user may not ask it.
+pub fn filterd(paths: &Paths) -> Result<Client, Problem> {
+    Client::connect(&paths.filterd_socket())
 }
 
 /// Asks the agent.

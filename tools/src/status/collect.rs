@@ -1,6 +1,6 @@
 //! Asks every role that has a socket on this machine.
 
-use farshore_blkfilter::control::{Reply, Request, VolumeStatus};
+use farshore_blkfilter::control::VolumeStatus;
 use farshore_extent::Problem;
 use farshore_protocol::admin::{
     AgentReply, AgentRequest, AgentStatus, ReplicaStatus, TargetReply, TargetRequest,
@@ -29,10 +29,7 @@ impl Sides {
     /// When no role answers: then there is nothing to show.
     pub fn ask(paths: &Paths) -> Result<Self, Problem> {
         let mut sides = Self::default();
-        let filterd = rpc::filterd(paths, &Request::List).and_then(|reply| match reply {
-            Reply::Volumes(volumes) => Ok(volumes),
-            _ => Err(rpc::unexpected(Role::Filterd)),
-        });
+        let filterd = rpc::filterd(paths).and_then(|mut filterd| filterd.list());
         let agent = rpc::agent(paths, &AgentRequest::Status).map(|AgentReply::Status(s)| s);
         let target = rpc::target(paths, &TargetRequest::Status).and_then(|reply| match reply {
             TargetReply::Status(replicas) => Ok(replicas),

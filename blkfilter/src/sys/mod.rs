@@ -10,6 +10,7 @@ pub mod fdpass;
 pub mod info;
 pub mod pool;
 pub mod pool_reader;
+pub mod process;
 pub mod ring;
 pub mod wake;
 

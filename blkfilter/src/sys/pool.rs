@@ -4,7 +4,6 @@
 //! one such part. It can be neither copied nor forged, so threads fill their slices side by side
 //! without a lock, and dropping a slice gives the part back.
 
-use std::ffi::c_void;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -13,11 +12,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+mod claims;
+
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::pool::{POOL_UNIT, PoolRange, PoolSpace};
+use claims::Claims;
 
 /// Seals every pool carries once it is complete: its size is fixed for ever, and nobody else can
 /// map it writable or write to it.
@@ -35,11 +37,19 @@ pub struct PoolMemory {
     len: usize,
     /// The sealed memfd of a shared pool.
     fd: Option<OwnedFd>,
-    space: Mutex<PoolSpace>,
+    room: Room,
+}
+
+/// Who decides where a slice lies.
+enum Room {
+    /// The allocator here.
+    Given(Mutex<PoolSpace>),
+    /// The capture core; here it is only made sure that no two slices overlap.
+    Claimed(Claims),
 }
 
 // SAFETY: the mapping lives as long as self and stays where it is. Bytes are reached through
-// PoolSlices only, which never overlap (PoolSpace), so threads never race on a byte.
+// PoolSlices only, which never overlap (PoolSpace, Claims), so threads never race on a byte.
 unsafe impl Send for PoolMemory {}
 // SAFETY: as above; the allocator has a lock of its own.
 unsafe impl Sync for PoolMemory {}
@@ -52,6 +62,19 @@ impl PoolMemory {
     /// beyond the address space.
     pub fn shared(bytes: u64) -> io::Result<Arc<Self>> {
         let len = page_len(bytes)?;
+        Self::memfd(len, Room::given(len))
+    }
+
+    /// The same, without an allocator: the caller chooses places with [`Self::claim`].
+    ///
+    /// # Errors
+    /// As for [`Self::shared`].
+    pub fn shared_for_claims(bytes: u64) -> io::Result<Arc<Self>> {
+        let len = page_len(bytes)?;
+        Self::memfd(len, Room::Claimed(Claims::new(len.get() as u64)))
+    }
+
+    fn memfd(len: NonZeroUsize, room: Room) -> io::Result<Arc<Self>> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let fd = memfd_create(c"farshore-pool", flags | NOEXEC_SEAL)
             // The flag is unknown before Linux 6.3.
@@ -70,7 +93,8 @@ impl PoolMemory {
                 0,
             )
         }?;
-        let memory = Self::over(base, len.get(), Some(OwnedFd::from(file)));
+        let fd = Some(OwnedFd::from(file));
+        let memory = Self { base: base.cast(), len: len.get(), fd, room };
         if let Some(fd) = &memory.fd {
             fcntl(fd, FcntlArg::F_ADD_SEALS(POOL_SEALS))?;
         }
@@ -93,16 +117,8 @@ impl PoolMemory {
                 MapFlags::MAP_PRIVATE,
             )
         }?;
-        Ok(Arc::new(Self::over(base, len.get(), None)))
-    }
-
-    fn over(base: NonNull<c_void>, len: usize, fd: Option<OwnedFd>) -> Self {
-        Self { base: base.cast(), len, fd, space: Mutex::new(PoolSpace::new(len as u64)) }
-    }
-
-    fn space(&self) -> MutexGuard<'_, PoolSpace> {
-        // The allocator is consistent between its calls; a panic elsewhere cannot break it.
-        self.space.lock().unwrap_or_else(PoisonError::into_inner)
+        let room = Room::given(len);
+        Ok(Arc::new(Self { base: base.cast(), len: len.get(), fd: None, room }))
     }
 
     /// Size in bytes.
@@ -114,15 +130,33 @@ impl PoolMemory {
     /// Bytes in slices, each rounded up to [`POOL_UNIT`].
     #[must_use]
     pub fn used(&self) -> u64 {
-        self.space().used()
+        match &self.room {
+            Room::Given(space) => lock(space).used(),
+            Room::Claimed(claims) => claims.used(),
+        }
     }
 
     /// A slice of exactly `len` bytes, aligned to [`POOL_UNIT`]; `None` when the pool is full.
     /// Its content is whatever was there before.
     #[must_use]
     pub fn reserve(self: &Arc<Self>, len: u32) -> Option<PoolSlice> {
-        let range = self.space().reserve(u64::from(len))?;
-        Some(PoolSlice { memory: Arc::clone(self), range: Some(range), len: len as usize })
+        let Room::Given(space) = &self.room else { return None };
+        let range = lock(space).reserve(u64::from(len))?;
+        let (offset, range) = (range.offset(), Some(range));
+        Some(PoolSlice { memory: Arc::clone(self), offset, range, len: len as usize })
+    }
+
+    /// The slice at a place of the caller's choosing, aligned to [`POOL_UNIT`]; `None` when a part
+    /// of it is in another slice, it is not inside, or the memory has an allocator of its own.
+    #[must_use]
+    pub fn claim(self: &Arc<Self>, offset: u64, len: u32) -> Option<PoolSlice> {
+        let Room::Claimed(claims) = &self.room else { return None };
+        claims.take(offset, u64::from(len)).then(|| PoolSlice {
+            memory: Arc::clone(self),
+            offset,
+            range: None,
+            len: len as usize,
+        })
     }
 
     /// The pool's descriptor, opened again for reading only, to hand to the agent. `Unsupported`
@@ -156,6 +190,17 @@ impl fmt::Debug for PoolMemory {
     }
 }
 
+impl Room {
+    fn given(len: NonZeroUsize) -> Self {
+        Self::Given(Mutex::new(PoolSpace::new(len.get() as u64)))
+    }
+}
+
+fn lock(space: &Mutex<PoolSpace>) -> MutexGuard<'_, PoolSpace> {
+    // The allocator is consistent between its calls; a panic elsewhere cannot break it.
+    space.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn page_len(bytes: u64) -> io::Result<NonZeroUsize> {
     bytes
         .checked_next_multiple_of(POOL_UNIT)
@@ -169,7 +214,8 @@ fn page_len(bytes: u64) -> io::Result<NonZeroUsize> {
 /// released yet keeps its slice.
 pub struct PoolSlice {
     memory: Arc<PoolMemory>,
-    /// Present until drop.
+    offset: u64,
+    /// Present until drop when the memory's allocator gave it.
     range: Option<PoolRange>,
     len: usize,
 }
@@ -178,7 +224,7 @@ impl PoolSlice {
     /// Byte offset in the pool.
     #[must_use]
     pub fn offset(&self) -> u64 {
-        self.range.as_ref().map_or(0, PoolRange::offset)
+        self.offset
     }
 
     /// Length in bytes, as asked for.
@@ -191,7 +237,7 @@ impl PoolSlice {
     pub(super) fn address(&self) -> NonNull<u8> {
         // The offset of a range is below the length of the mapping, which is a usize.
         let offset = usize::try_from(self.offset()).unwrap_or(0);
-        // SAFETY: PoolSpace hands out ranges inside 0..len only, so this stays in the mapping.
+        // SAFETY: PoolSpace and Claims hand out ranges inside 0..len only, so this stays in the mapping.
         unsafe { self.memory.base.add(offset) }
     }
 
@@ -212,8 +258,10 @@ impl PoolSlice {
 
 impl Drop for PoolSlice {
     fn drop(&mut self) {
-        if let Some(range) = self.range.take() {
-            self.memory.space().give_back(range);
+        match (&self.memory.room, self.range.take()) {
+            (Room::Given(space), Some(range)) => lock(space).give_back(range),
+            (Room::Given(_), None) => {}
+            (Room::Claimed(claims), _) => claims.give_back(self.offset, self.len as u64),
         }
     }
 }

@@ -1,0 +1,43 @@
+//! What the process asks of the kernel for itself.
+
+use std::io;
+
+use nix::errno::Errno;
+use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::sys::resource::{Resource, getrlimit};
+
+/// `CAP_IPC_LOCK`: bit in the effective capabilities.
+const CAP_IPC_LOCK: u32 = 14;
+
+/// Tells the kernel that this process serves I/O: its allocations must not wait for writeback to
+/// a device that it serves itself.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_RESOURCE`, `EINVAL` before Linux 5.6.
+pub fn become_io_flusher() -> io::Result<()> {
+    // SAFETY: this prctl takes plain numbers and changes a flag of the process.
+    let result = unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    Errno::result(result).map(drop).map_err(io::Error::from)
+}
+
+/// Keeps every page of the process in memory from its first use on.
+///
+/// # Errors
+/// `PermissionDenied` when the limit on locked memory is finite: once locked, a later allocation
+/// beyond the limit would fail, which is worse than being swapped.
+pub fn lock_memory() -> io::Result<()> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+    if soft != libc::RLIM_INFINITY && !may_lock_all() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    let flags = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault;
+    mlockall(flags).map_err(io::Error::from)
+}
+
+fn may_lock_all() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    bits.is_some_and(|bits| bits >> CAP_IPC_LOCK & 1 == 1)
+}

@@ -10,5 +10,22 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod config;
+mod driver;
+mod durable_fs;
+mod enroll;
+pub mod identity;
+pub mod intake;
 pub mod limits;
+pub mod line;
+pub mod link;
+pub mod memory;
+pub mod points;
+mod problem;
+mod report;
+mod run;
 pub mod session;
+pub mod status;
+
+pub use enroll::{EnrollOptions, Enrolled, enroll};
+pub use run::run;

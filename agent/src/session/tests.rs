@@ -48,7 +48,6 @@ struct Filterd {
     next: u64,
     released: u64,
     recopies: u32,
-    released_before: u64,
 }
 
 impl Filterd {

@@ -1,0 +1,183 @@
+//! The agent's line to `filterd` for everything but records: one blocking thread that lists
+//! volumes about once a second, releases what is durable, and cuts markers.
+//!
+//! Releases are cumulative, so only the newest of each volume waits; after a failure it is tried
+//! again with the next listing.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use farshore_blkfilter::control::{Client, MarkerPlaced, MarkerRequest, VolumeStatus};
+use farshore_extent::{Lsn, Problem, VolumeId};
+
+use crate::limits::LIST_INTERVAL;
+use crate::problem;
+
+/// Markers that wait; more are refused.
+const MAX_MARKERS: usize = 256;
+
+/// Why a marker is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The interval of the policy.
+    Policy,
+    /// The target asked.
+    Tag {
+        /// Comes back in the answer.
+        request: u64,
+    },
+}
+
+/// What the thread reports.
+#[derive(Debug)]
+pub enum FromFilterd {
+    /// Every protected volume.
+    Volumes(Vec<VolumeStatus>),
+    /// `filterd` does not answer.
+    Lost(Problem),
+    /// The outcome of a marker.
+    Marked(Purpose, Result<MarkerPlaced, Problem>),
+}
+
+/// Takes reports.
+pub type Sink = Box<dyn Fn(FromFilterd) + Send>;
+
+#[derive(Default)]
+struct Work {
+    releases: BTreeMap<VolumeId, Lsn>,
+    markers: VecDeque<(Purpose, MarkerRequest)>,
+    exit: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    work: Mutex<Work>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The handle of the thread. Dropping it ends the thread when its present call is answered.
+pub struct Line {
+    shared: Arc<Shared>,
+}
+
+impl Line {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn spawn(socket: PathBuf, sink: Sink) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let worker = Worker { socket, sink, shared: shared.clone(), client: None };
+        std::thread::Builder::new().name("filterd-line".to_owned()).spawn(|| worker.run())?;
+        Ok(Self { shared })
+    }
+
+    /// Everything up to `upto` is durable at the target.
+    pub fn release(&self, volume: VolumeId, upto: Lsn) {
+        let mut work = self.shared.lock();
+        let entry = work.releases.entry(volume).or_default();
+        *entry = upto.max(*entry);
+        drop(work);
+        self.shared.changed.notify_all();
+    }
+
+    /// Cuts a marker; answered by [`FromFilterd::Marked`]. False when too many wait.
+    #[must_use]
+    pub fn mark(&self, purpose: Purpose, request: MarkerRequest) -> bool {
+        let mut work = self.shared.lock();
+        if work.markers.len() >= MAX_MARKERS {
+            return false;
+        }
+        work.markers.push_back((purpose, request));
+        drop(work);
+        self.shared.changed.notify_all();
+        true
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.shared.lock().exit = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+struct Worker {
+    socket: PathBuf,
+    sink: Sink,
+    shared: Arc<Shared>,
+    client: Option<Client>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut next_list = Instant::now();
+        loop {
+            let (releases, markers, exit) = self.wait(next_list);
+            for (purpose, request) in markers {
+                let result = self.call(|c| c.marker(request));
+                (self.sink)(FromFilterd::Marked(purpose, result));
+            }
+            self.release(releases);
+            if exit {
+                return;
+            }
+            if next_list <= Instant::now() {
+                next_list = Instant::now() + LIST_INTERVAL;
+                let report = match self.call(Client::list) {
+                    Ok(volumes) => FromFilterd::Volumes(volumes),
+                    Err(problem) => FromFilterd::Lost(problem),
+                };
+                (self.sink)(report);
+            }
+        }
+    }
+
+    #[allow(clippy::type_complexity)] // the parts of Work, taken
+    fn wait(
+        &self,
+        until: Instant,
+    ) -> (BTreeMap<VolumeId, Lsn>, VecDeque<(Purpose, MarkerRequest)>, bool) {
+        let limit = until.saturating_duration_since(Instant::now());
+        // Releases that failed wait for the next listing; new ones wake the thread by the notice.
+        let idle = |w: &mut Work| !w.exit && w.markers.is_empty() && w.releases.is_empty();
+        let guard = self.shared.changed.wait_timeout_while(self.shared.lock(), limit, idle);
+        let (mut work, _) = guard.unwrap_or_else(PoisonError::into_inner);
+        (std::mem::take(&mut work.releases), std::mem::take(&mut work.markers), work.exit)
+    }
+
+    fn release(&mut self, releases: BTreeMap<VolumeId, Lsn>) {
+        for (volume, upto) in releases {
+            if let Err(problem) = self.call(|c| c.release(volume, upto)) {
+                // What is durable is said again at the next acknowledgement, and filterd keeps
+                // what it was not told to forget.
+                tracing::debug!(%volume, %upto, %problem, "a release did not arrive");
+            }
+        }
+    }
+
+    fn call<T>(
+        &mut self,
+        call: impl FnOnce(&mut Client) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        let client = match &mut self.client {
+            Some(client) => client,
+            none => none.insert(Client::connect(&self.socket)?),
+        };
+        call(client)
+    }
+}
+
+/// The problem of a tag that could not be placed.
+#[must_use]
+pub fn busy() -> Problem {
+    problem::not_ordered("the host has too many markers waiting, and")
+}

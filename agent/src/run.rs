@@ -1,0 +1,93 @@
+//! The agent as a service: one lock, one status socket, one loop.
+
+use std::fs::OpenOptions;
+use std::future::Future;
+use std::os::unix::fs::OpenOptionsExt;
+
+use farshore_extent::Problem;
+use farshore_protocol::admin::AgentStatus;
+use farshore_protocol::paths::Paths;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::config::Config;
+use crate::driver::Driver;
+use crate::identity::Identity;
+use crate::limits::{CHANNEL, STOP_TIMEOUT};
+use crate::status::{self, Board};
+use crate::{durable_fs, problem};
+
+/// Runs the agent until `shutdown` is ready: ships every volume that `filterd` protects. A lost
+/// target, `filterd` or network is waited for. Needs tokio's multi-thread runtime, no privileges.
+///
+/// At the end what was sent may still be acknowledged for a few seconds; nothing is lost in any
+/// case.
+///
+/// # Errors
+/// Only at the start: FS-5201 and FS-5204 (not enrolled, identity unusable), FS-5205 (files),
+/// FS-5206 (a second agent).
+pub async fn run(
+    config: Config,
+    paths: Paths,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), Problem> {
+    let identity = Identity::load(&paths)?;
+    identity.tls()?;
+    let _lock = lock(&paths)?;
+    let listener = status::listen(&paths)?;
+    let target = config.target.clone().unwrap_or_else(|| identity.target.clone());
+    let board = Board::new(AgentStatus {
+        target,
+        connected: false,
+        problem: None,
+        retry_in_ms: None,
+        volumes: Vec::new(),
+    });
+    let serve = tokio::spawn(status::serve(listener, board.clone()));
+    let (sender, mut inputs) = mpsc::channel(CHANNEL);
+    let socket = paths.agent_socket();
+    let mut driver = Driver::new((config, paths, identity), sender, board)?;
+    tracing::info!(target = driver.address(), "the agent is running");
+    tokio::pin!(shutdown);
+    driver.tick().await;
+    loop {
+        tokio::select! {
+            () = &mut shutdown => break,
+            Some(input) = inputs.recv() => driver.take(input).await,
+            () = sleep(driver.pause()) => {}
+        }
+        // Cheap, and a loaded channel must not keep the clock from being looked at.
+        driver.tick().await;
+    }
+    driver.stop().await;
+    let limit = Instant::now() + STOP_TIMEOUT;
+    while !driver.is_drained() {
+        tokio::select! {
+            Some(input) = inputs.recv() => driver.take(input).await,
+            () = sleep_until(limit) => break,
+        }
+    }
+    driver.disconnect();
+    serve.abort();
+    // Threads end when the driver is dropped and a send of theirs fails.
+    inputs.close();
+    drop(driver);
+    // Best effort: a left-over socket is removed at the next start.
+    let _ = std::fs::remove_file(socket);
+    tracing::info!("the agent has stopped");
+    Ok(())
+}
+
+/// One agent for a state directory.
+fn lock(paths: &Paths) -> Result<Flock<std::fs::File>, Problem> {
+    let dir = paths.state.join("agent");
+    let file = dir.join("lock");
+    let open = || {
+        durable_fs::create_private_dir(&dir)?;
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&file)
+    };
+    let opened = open().map_err(|e| problem::file("open", &file, &e))?;
+    Flock::lock(opened, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| problem::already_running(&file))
+}

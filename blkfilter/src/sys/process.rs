@@ -9,6 +9,9 @@ use nix::sys::resource::{Resource, getrlimit};
 /// `CAP_IPC_LOCK`: bit in the effective capabilities.
 const CAP_IPC_LOCK: u32 = 14;
 
+/// From linux/prctl.h; libc does not name it for this target.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
 /// Tells the kernel that this process serves I/O: its allocations must not wait for writeback to
 /// a device that it serves itself.
 ///
@@ -16,7 +19,7 @@ const CAP_IPC_LOCK: u32 = 14;
 /// `EPERM` without `CAP_SYS_RESOURCE`, `EINVAL` before Linux 5.6.
 pub fn become_io_flusher() -> io::Result<()> {
     // SAFETY: this prctl takes plain numbers and changes a flag of the process.
-    let result = unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
     Errno::result(result).map(drop).map_err(io::Error::from)
 }
 

@@ -6,6 +6,7 @@ Usage: ./tools/bench front-end [--quick] [--pairs N]
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -18,27 +19,44 @@ from lib.procs import BenchError, Children, need  # noqa: E402
 from lib.report import Report  # noqa: E402
 from lib.verify import export_equals_file  # noqa: E402
 
-# (name, rw, block size, queue depth, whether the IOPS goal names it)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One load. At depth 1 chance decides whether client and server share a core, which changes
+    the figures threefold: there, and only there, both are pinned."""
+
+    name: str
+    rw: str
+    bs: str
+    qd: int
+    goal: bool
+    client_core: int | None = None
+    server_core: int | None = None
+
+
 CASES = [
-    ("4k randwrite qd1", "randwrite", "4k", 1, True),
-    ("4k randwrite qd16", "randwrite", "4k", 16, True),
-    ("4k randwrite qd64", "randwrite", "4k", 64, True),
-    ("128k write qd16", "write", "128k", 16, False),
-    ("4k randread qd64", "randread", "4k", 64, False),
+    Case("4k randwrite qd1 one core", "randwrite", "4k", 1, True, 0, 0),
+    Case("4k randwrite qd1 two cores", "randwrite", "4k", 1, True, 0, 1),
+    Case("4k randwrite qd16", "randwrite", "4k", 16, True),
+    Case("4k randwrite qd64", "randwrite", "4k", 64, True),
+    Case("128k write qd16", "write", "128k", 16, False),
+    Case("4k randread qd64", "randread", "4k", 64, False),
 ]
 
 
-def measure(server: peers.Server, case: tuple, seconds: float, size: int) -> dict:
+def measure(server: peers.Server, case: Case, seconds: float, size: int) -> dict:
     """One run of one case against one server."""
-    _name, rw, bs, qd, _goal = case
     chain = Chain(server.pids)
+    chain.pin(case.server_core)
+    extra = [] if case.client_core is None else [f"--cpus_allowed={case.client_core}"]
     chain.begin()
-    figures = fio.load(server.uri, rw, bs, qd, seconds, size)
+    figures = fio.load(server.uri, case.rw, case.bs, case.qd, seconds, size, extra)
     figures["cpu_us_per_io"] = sum(chain.spent().values()) * 1e6 / figures["ios"]
     return figures
 
 
-def compare(report: Report, case: tuple, pair: tuple[peers.Server, peers.Server], args, size: int) -> tuple[str, Paired, bool]:
+def compare(report: Report, case: Case, pair: tuple[peers.Server, peers.Server], args, size: int) -> tuple[str, Paired, bool]:
     """Interleaved pairs of one case, then the byte comparison of both servers."""
     own, peer = pair
     figures = interleave(
@@ -47,14 +65,14 @@ def compare(report: Report, case: tuple, pair: tuple[peers.Server, peers.Server]
         lambda: measure(peer, case, args.seconds, size),
     )
     verified = all(check(server, size) for server in pair)
-    name = f"{case[0]} vs {peer.name}"
+    name = f"{case.name} vs {peer.name}"
     report.raw[name] = {"ours": figures.ours, "base": figures.base}
     iops = figures.median("ours", "iops").median / 1000, figures.median("base", "iops").median / 1000
     p50 = figures.median("ours", "p50_us").median, figures.median("base", "p50_us").median
-    report.ratio("P2" if case[4] else "-", name + ": IOPS", figures.ratio("iops"), 1.0 if case[4] else None, None,
+    report.ratio("P2" if case.goal else "-", name + ": IOPS", figures.ratio("iops"), 1.0 if case.goal else None, None,
                  True, verified, f"{iops[0]:.1f}k / {iops[1]:.1f}k IOPS, p50 {p50[0]:.0f} / {p50[1]:.0f} us")
     cpu = figures.median("ours", "cpu_us_per_io").median, figures.median("base", "cpu_us_per_io").median
-    must = 0.6 if peer.name == "qemu-storage-daemon" and "write" in case[1] else None
+    must = 0.6 if peer.name == "qemu-storage-daemon" and "write" in case.rw else None
     report.ratio("P2" if must else "-", name + ": server CPU per I/O", figures.ratio("cpu_us_per_io"), must, None,
                  False, verified, f"{cpu[0]:.1f} / {cpu[1]:.1f} us")
     return peer.name, figures, verified
@@ -66,10 +84,10 @@ def check(server: peers.Server, size: int) -> bool:
     return server.backing is None or export_equals_file(server.uri, server.backing, server.backing.parent)
 
 
-def best_row(report: Report, case: tuple, results: list[tuple[str, Paired, bool]]) -> None:
+def best_row(report: Report, case: Case, results: list[tuple[str, Paired, bool]]) -> None:
     """The goal is set against the best peer: the one with the lowest ratio."""
     name, figures, verified = min(results, key=lambda result: result[1].ratio("iops").median)
-    report.ratio("P2", f"{case[0]} vs the best peer: IOPS", figures.ratio("iops"), 1.0, None, True, verified, name)
+    report.ratio("P2", f"{case.name} vs the best peer: IOPS", figures.ratio("iops"), 1.0, None, True, verified, name)
 
 
 def main() -> int:
@@ -112,9 +130,9 @@ def measure_all(report: Report, children: Children, args, size: int) -> None:
         results = []
         for pair in pairs:
             results.append(compare(report, case, pair, args, size))
-            print(f"{case[0]}: {pair[0].name} vs {pair[1].name}: IOPS {results[-1][1].ratio('iops')}, "
+            print(f"{case.name}: {pair[0].name} vs {pair[1].name}: IOPS {results[-1][1].ratio('iops')}, "
                   f"CPU per I/O {results[-1][1].ratio('cpu_us_per_io')}", flush=True)
-        if case[4]:
+        if case.goal:
             best_row(report, case, results)
 
 

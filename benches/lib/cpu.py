@@ -3,6 +3,7 @@
 Owns: reading /proc. Never: starting or stopping anything.
 """
 
+import contextlib
 import os
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -26,6 +27,14 @@ class Chain:
     def __init__(self, pids: dict[str, int]):
         self.pids = dict(pids)
         self.start = {name: 0.0 for name in self.pids}
+
+    def pin(self, core: int | None) -> None:
+        """Keeps all threads, and those they start from now on, on one core; None lets them go."""
+        cores = {core} if core is not None else os.sched_getaffinity(0)
+        for pid in self.pids.values():
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(task), cores)
 
     def begin(self) -> None:
         """Remembers the present readings."""

@@ -24,7 +24,7 @@ from lib.verify import export_equals_file  # noqa: E402
 @dataclass(frozen=True)
 class Case:
     """One load. At depth 1 chance decides whether client and server share a core, which changes
-    the figures threefold: there, and only there, both are pinned."""
+    the figures fivefold here: there both placements are measured as well, client and server pinned."""
 
     name: str
     rw: str
@@ -36,6 +36,7 @@ class Case:
 
 
 CASES = [
+    Case("4k randwrite qd1", "randwrite", "4k", 1, True),
     Case("4k randwrite qd1 one core", "randwrite", "4k", 1, True, 0, 0),
     Case("4k randwrite qd1 two cores", "randwrite", "4k", 1, True, 0, 1),
     Case("4k randwrite qd16", "randwrite", "4k", 16, True),

@@ -1,0 +1,8 @@
+//! The server against raw clients: what must hold on the wire, whatever the peer sends.
+
+mod client;
+mod hostile;
+mod late;
+mod options;
+mod requests;
+mod serving;

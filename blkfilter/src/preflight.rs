@@ -183,21 +183,11 @@ impl<'a> Subject<'a> {
 
     /// Whether `place`, or the directory it will be made in, is on a file system on this device.
     fn carries(&self, place: &Path, mounted: &[String]) -> bool {
-        let existing = place.ancestors().find_map(|p| std::fs::canonicalize(p).ok());
-        let Some(existing) = existing else { return false };
-        let by_number = std::fs::metadata(&existing).is_ok_and(|metadata| {
-            self.family.contains(&backing::sysfs_name(backing::device_numbers(metadata.dev())))
-        });
-        // File systems with numbers of their own: the innermost mount above the place counts.
-        by_number
-            || mounted
-                .iter()
-                .any(|at| existing.starts_with(at) && at != "/" && self.innermost(&existing, at))
-    }
-
-    fn innermost(&self, place: &Path, mount: &str) -> bool {
-        let number = |path: &Path| std::fs::metadata(path).map(|m| m.dev()).ok();
-        number(place).is_some() && number(place) == number(Path::new(mount))
+        let existing = place.ancestors().find_map(|p| std::fs::metadata(p).ok());
+        let Some(number) = existing.map(|metadata| metadata.dev()) else { return false };
+        // Some file systems (btrfs) have numbers of their own: compare with the mount points.
+        self.family.contains(&backing::sysfs_name(backing::device_numbers(number)))
+            || mounted.iter().any(|at| std::fs::metadata(at).is_ok_and(|m| m.dev() == number))
     }
 
     /// What it is, as far as it makes it unfit.

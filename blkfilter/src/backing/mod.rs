@@ -46,7 +46,6 @@ pub struct Backing {
     blocks: BlockSizes,
     direct: bool,
     volatile_cache: bool,
-    zeroes: bool,
 }
 
 impl Backing {
@@ -92,10 +91,11 @@ impl Backing {
         self.volatile_cache
     }
 
-    /// Whether ranges can be zeroed without writing zeroes from here; the result is deterministic.
+    /// Whether ranges can be zeroed and discarded, and read as zero from then on. So for all that
+    /// can be written: where the kernel cannot do it, rings write zeroes.
     #[must_use]
-    pub const fn zeroes(&self) -> bool {
-        self.zeroes
+    pub fn zeroes(&self) -> bool {
+        !self.read_only()
     }
 
     /// A ring on it for one queue thread. `fixed`: memories to register, most useful first.

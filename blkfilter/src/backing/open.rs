@@ -6,10 +6,10 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use farshore_extent::{BlockSizes, Problem, VolumeSize};
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
@@ -39,7 +39,28 @@ pub(crate) fn sysfs_name((major, minor): (u64, u64)) -> String {
     format!("{major}:{minor}")
 }
 
+/// Pause between two attempts to claim.
+const CLAIM_PAUSE: Duration = Duration::from_millis(20);
+
 impl Backing {
+    /// As [`Self::open`], but while another program holds it tries again, for `patience`: the
+    /// kernel may keep the claim of a killed filterd until its last writes are done.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn open_patiently(path: &Path, mode: Mode, patience: Duration) -> Result<Self, Problem> {
+        let started = Instant::now();
+        loop {
+            match Self::open(path, mode) {
+                Err(problem) if problem.code.0 == 4016 && started.elapsed() < patience => {}
+                outcome => return outcome,
+            }
+            // Nobody announces that a claim has ended.
+            #[allow(clippy::disallowed_methods)]
+            std::thread::sleep(CLAIM_PAUSE);
+        }
+    }
+
     /// Opens a block device or raw file and claims it: until the last user of the result is gone,
     /// nobody who asks can mount, claim or lock it.
     ///
@@ -88,10 +109,8 @@ impl Backing {
         let direct = enable_direct(&file, logical);
         let file = Arc::new(file);
         let path = path.to_owned();
-        // The kernel writes zeroes itself where the device cannot.
-        let zeroes = mode == Mode::ReadWrite;
         let kind = BackendKind::Block;
-        Ok(Self { file, path, kind, mode, size, blocks, direct, volatile_cache, zeroes })
+        Ok(Self { file, path, kind, mode, size, blocks, direct, volatile_cache })
     }
 
     fn file(path: &Path, file: File, mode: Mode, bytes: u64) -> Result<Self, Problem> {
@@ -100,12 +119,11 @@ impl Backing {
         let blocks = BlockSizes::new(logical, FILE_PHYSICAL.max(logical))
             .map_err(|_| problem::block_size(path, logical, FILE_PHYSICAL))?;
         let size = usable_size(path, bytes, blocks)?;
-        let zeroes = mode == Mode::ReadWrite && punches(&file, size);
         let file = Arc::new(file);
         let (path, kind) = (path.to_owned(), BackendKind::File);
         // Metadata of the file (allocation) is not durable without a sync, whatever the disk does.
         let volatile_cache = true;
-        Ok(Self { file, path, kind, mode, size, blocks, direct, volatile_cache, zeroes })
+        Ok(Self { file, path, kind, mode, size, blocks, direct, volatile_cache })
     }
 }
 
@@ -174,14 +192,6 @@ fn enable_direct(file: &File, unit: u32) -> bool {
     // If this fails too, I/O will report errors; it cannot go wrong silently.
     let _ = fcntl(file, FcntlArg::F_SETFL(flags));
     false
-}
-
-/// Whether the file system punches holes: tried beyond the end, where there is nothing to lose.
-fn punches(file: &File, size: VolumeSize) -> bool {
-    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let beyond = size.get().next_multiple_of(1 << 20);
-    let Ok(beyond) = i64::try_from(beyond) else { return false };
-    !matches!(fallocate(file, mode, beyond, 4096), Err(Errno::EOPNOTSUPP | Errno::ENOSYS))
 }
 
 /// A queue attribute of a disk, or of the disk a partition lies on.

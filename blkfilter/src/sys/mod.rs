@@ -16,3 +16,10 @@ pub mod wake;
 
 /// Alignment of every buffer in bytes: enough for direct I/O on any device we accept.
 pub const BUFFER_ALIGN: usize = 4096;
+
+/// A temporary directory beside the test program: on a disk, unlike perhaps `/tmp`.
+#[cfg(test)]
+pub(crate) fn disk_dir() -> tempfile::TempDir {
+    let program = std::env::current_exe().unwrap();
+    tempfile::tempdir_in(program.parent().unwrap()).unwrap()
+}

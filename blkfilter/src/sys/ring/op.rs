@@ -105,6 +105,13 @@ impl Op {
         }
     }
 
+    fn zero_len(&self) -> u64 {
+        match self {
+            Self::Zero { extent, .. } => extent.len(),
+            Self::Read { .. } | Self::Write { .. } | Self::Sync => 0,
+        }
+    }
+
     /// The completion of this operation.
     pub(super) fn done(self, user_data: u64, result: Result<(), Errno>) -> Done {
         let buf = match self {
@@ -126,7 +133,11 @@ pub struct Done {
     pub buf: Option<IoBuf>,
 }
 
-/// The ways to zero a range. Not every device or file system knows both; either leaves zeroes.
+/// Zeroes are written in pieces of this many bytes where the kernel cannot zero a range.
+pub(super) const ZERO_PIECE: usize = 256 << 10;
+
+/// The ways to have a range zeroed. Not every device or file system knows both; either leaves
+/// zeroes.
 pub(super) fn zero_modes(may_unmap: bool) -> [FallocateFlags; 2] {
     let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE.union(keep);
@@ -147,8 +158,10 @@ pub(super) enum Next {
 pub(super) enum Step {
     /// Transferring from this byte of the buffer on.
     Transfer(usize),
-    /// Zeroing this way.
+    /// Having it zeroed this way.
     Zeroing(usize),
+    /// Writing zeroes ourselves, from this byte of the extent on: no way worked.
+    WritingZeroes(u64),
     /// Syncing.
     Syncing,
 }
@@ -181,11 +194,13 @@ impl Active {
                 self.patience -= 1;
                 return Next::Again;
             }
-            if let (Step::Zeroing(0), Errno::EOPNOTSUPP) = (self.step, error) {
-                self.step = Step::Zeroing(1);
-                return Next::Again;
-            }
-            return Next::Finished(Err(error));
+            return match (self.step, error) {
+                (Step::Zeroing(way), Errno::EOPNOTSUPP) => {
+                    self.step = if way == 0 { Step::Zeroing(1) } else { Step::WritingZeroes(0) };
+                    Next::Again
+                }
+                _ => Next::Finished(Err(error)),
+            };
         }
         match self.step {
             Step::Transfer(before) => {
@@ -200,15 +215,30 @@ impl Active {
                 self.step = Step::Transfer(now);
                 Next::Again
             }
-            Step::Zeroing(_) => {
-                if let Op::Zero { durable: true, .. } = self.op {
-                    self.step = Step::Syncing;
-                    return Next::Again;
+            Step::Zeroing(_) => self.zeroed(),
+            Step::WritingZeroes(before) => {
+                let moved = u64::try_from(result).unwrap_or(0);
+                let now = before.saturating_add(moved);
+                if self.op.zero_len() <= now {
+                    return self.zeroed();
                 }
-                Next::Finished(Ok(()))
+                if moved == 0 {
+                    return Next::Finished(Err(Errno::EIO));
+                }
+                self.step = Step::WritingZeroes(now);
+                Next::Again
             }
             Step::Syncing => Next::Finished(Ok(())),
         }
+    }
+
+    /// The range is zero now; perhaps it has to be durable too.
+    fn zeroed(&mut self) -> Next {
+        if let Op::Zero { durable: true, .. } = self.op {
+            self.step = Step::Syncing;
+            return Next::Again;
+        }
+        Next::Finished(Ok(()))
     }
 
     pub(super) fn into_done(self, result: Result<(), Errno>) -> Done {
@@ -242,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroing_tries_both_ways_and_syncs_when_it_must_last() {
+    fn zeroing_tries_all_ways_and_syncs_when_it_must_last() {
         let extent = Extent::new(0, 4096).unwrap();
         let mut active = Active::new(Op::Zero { extent, may_unmap: true, durable: true }, 1);
         assert_eq!(finished(active.advance(-libc::EOPNOTSUPP)), None);
@@ -252,6 +282,10 @@ mod tests {
         assert_eq!(finished(active.advance(0)), Some(Ok(())));
         let mut active = Active::new(Op::Zero { extent, may_unmap: false, durable: false }, 1);
         assert_eq!(finished(active.advance(-libc::EOPNOTSUPP)), None);
-        assert_eq!(finished(active.advance(-libc::EOPNOTSUPP)), Some(Err(Errno::EOPNOTSUPP)));
+        assert_eq!(finished(active.advance(-libc::EOPNOTSUPP)), None);
+        assert_eq!(active.step, Step::WritingZeroes(0));
+        assert_eq!(finished(active.advance(1024)), None);
+        assert_eq!(active.step, Step::WritingZeroes(1024));
+        assert_eq!(finished(active.advance(3072)), Some(Ok(())));
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 use farshore_extent::Extent;
 
 use super::super::aligned::AlignedBuf;
+use super::super::disk_dir;
 use super::*;
 
 fn own(len: usize, fill: u8) -> IoBuf {
@@ -26,11 +27,6 @@ fn file_in(dir: &Path, direct: bool) -> Arc<File> {
     std::fs::write(&path, vec![0u8; 1 << 20]).unwrap();
     let flags = if direct { libc::O_DIRECT } else { 0 };
     Arc::new(File::options().read(true).write(true).custom_flags(flags).open(path).unwrap())
-}
-
-fn disk_dir() -> tempfile::TempDir {
-    // The build folder lies on a disk, unlike perhaps the temporary directory.
-    tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap()
 }
 
 /// Writes, reads back, zeroes and syncs; the same must hold in every mode.
@@ -156,13 +152,13 @@ fn dropping_a_ring_waits_for_its_operations() {
     let dir = disk_dir();
     let file = file_in(dir.path(), true);
     let mut ring = Ring::new(Arc::clone(&file), RingConfig::default()).unwrap();
-    for n in 0..64 {
+    for n in 0..128 {
         ring.push(Op::Write { offset: n * 4096, buf: own(4096, 9), durable: true }, n);
     }
     ring.submit().unwrap();
     drop(ring);
     let reader = File::open(dir.path().join("backing")).unwrap();
-    let mut bytes = vec![0; 64 * 4096];
+    let mut bytes = vec![0; 128 * 4096];
     reader.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes.iter().all(|&b| b == 9));
 }

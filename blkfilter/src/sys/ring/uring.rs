@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use farshore_extent::Extent;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
-use super::op::{Active, IoBuf, Op, Step, zero_modes};
+use super::op::{Active, IoBuf, Op, Step, ZERO_PIECE, zero_modes};
+use crate::sys::aligned::AlignedBuf;
 use crate::sys::pool::PoolMemory;
 
 /// Index of our one file in the table of registered files.
@@ -19,8 +21,8 @@ const FILE: Fixed = Fixed(0);
 /// Largest registered buffer Linux accepts, in bytes.
 const MAX_REGISTERED: usize = 1 << 30;
 
-/// Rounds of one second that drop waits for the device before it gives up on the buffers.
-const DRAIN_ROUNDS: u32 = 30;
+/// How long drop waits for the device before it gives up on the buffers.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// One io_uring with one registered file.
 pub(super) struct Uring {
@@ -30,6 +32,8 @@ pub(super) struct Uring {
     depth: u32,
     /// Memories registered, in the order of their index. Kept alive as long as the ring.
     fixed: Vec<Arc<PoolMemory>>,
+    /// A piece of zeroes, made when first needed; only ever read.
+    zeroes: OnceLock<AlignedBuf>,
     /// Keeps the registered file open.
     _file: Arc<File>,
 }
@@ -50,7 +54,14 @@ impl Uring {
             .or_else(|_| IoUring::new(depth))?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         let fixed = register(&ring, fixed);
-        Ok(Self { ring, in_kernel: 0, depth, fixed, _file: Arc::clone(file) })
+        Ok(Self {
+            ring,
+            in_kernel: 0,
+            depth,
+            fixed,
+            zeroes: OnceLock::new(),
+            _file: Arc::clone(file),
+        })
     }
 
     pub(super) fn registered(&self) -> usize {
@@ -112,10 +123,18 @@ impl Uring {
             (Step::Zeroing(way), Op::Zero { extent, may_unmap, .. }) => {
                 fallocate(*extent, *may_unmap, way)
             }
-            // Everything else there is: a sync, alone or after a zero.
-            (Step::Syncing | Step::Transfer(_) | Step::Zeroing(_), _) => {
-                opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build()
+            (Step::WritingZeroes(from), Op::Zero { extent, .. }) => {
+                let zeroes = self.zeroes.get_or_init(|| AlignedBuf::zeroed(ZERO_PIECE));
+                let rest = u32::try_from(extent.len() - from).unwrap_or(u32::MAX);
+                let len = u32::try_from(zeroes.len()).unwrap_or(0).min(rest);
+                let at = extent.offset() + from;
+                opcode::Write::new(FILE, zeroes.address().as_ptr(), len).offset(at).build()
             }
+            // Everything else there is: a sync, alone or after a zero.
+            (
+                Step::Syncing | Step::Transfer(_) | Step::Zeroing(_) | Step::WritingZeroes(_),
+                Op::Sync | Op::Zero { .. } | Op::Read { .. } | Op::Write { .. },
+            ) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
         }
     }
 
@@ -165,12 +184,15 @@ impl Uring {
         Some((index, entry.result()))
     }
 
-    /// Waits until the kernel has let go of everything. `false` when it has not after
-    /// [`DRAIN_ROUNDS`] seconds.
+    /// Waits until the kernel has let go of everything. `false` when it has not after [`DRAIN_LIMIT`]
+    /// without any completion.
     pub(super) fn drain(&mut self) -> bool {
         let second = Timespec::new().sec(1);
-        for _ in 0..DRAIN_ROUNDS {
-            while self.next_completion().is_some() {}
+        let mut last = Instant::now();
+        while last.elapsed() < DRAIN_LIMIT {
+            while self.next_completion().is_some() {
+                last = Instant::now();
+            }
             if self.in_kernel == 0 {
                 return true;
             }
@@ -178,12 +200,19 @@ impl Uring {
             // A timeout or interruption shows in the count above.
             let _ = self.ring.submitter().submit_with_args(1, &args);
         }
-        while self.next_completion().is_some() {}
-        if self.in_kernel > 0 {
-            // Registered memory must outlive what the kernel may still do to it.
-            std::mem::forget(std::mem::take(&mut self.fixed));
-        }
-        self.in_kernel == 0
+        // Registered memory must outlive what the kernel may still do to it.
+        std::mem::forget(std::mem::take(&mut self.fixed));
+        std::mem::forget(self.zeroes.take());
+        false
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel takes a ring apart later, in the background; without this the backing would
+        // stay open, and claimed, for a moment after we are gone. A failure only means that delay.
+        let _ = self.ring.submitter().unregister_files();
+        let _ = self.ring.submitter().unregister_buffers();
     }
 }
 

@@ -168,8 +168,9 @@ class Replicated(_Source):
     def switch_compression_off(self) -> None:
         """A setting of the agent, for this comparison."""
         config = self.root / "etc/agent.toml"
-        text = config.read_text() if config.exists() else ""
-        config.write_text(f"compression = \"off\"\n{text}")
+        config.parent.mkdir(exist_ok=True)
+        with open(config, "a", encoding="utf-8") as text:
+            text.write("\nzstd_level = 0\n")
 
     def ordered(self) -> bool:
         """In order, with nothing left to copy."""

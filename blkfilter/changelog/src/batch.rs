@@ -4,7 +4,7 @@ use farshore_extent::{Chain, Epoch, Generation, Lsn, Seq, VolumeId, WallTime};
 
 use crate::frame::FrameEntry;
 use crate::layout::{
-    array, header, i64_at, len_at, u16_at, u32_at, u64_at, FRAME_ENTRY_LEN, HEADER_LEN, RECORD_LEN,
+    FRAME_ENTRY_LEN, HEADER_LEN, RECORD_LEN, array, header, i64_at, len_at, u16_at, u32_at, u64_at,
 };
 use crate::limits::{FRAME_RAW, MAX_AUX, MAX_BATCH_RAW, MAX_FRAMES, MAX_RECORDS};
 use crate::record::{PayloadRef, Record, RecordError};
@@ -159,9 +159,8 @@ impl BatchHeader {
             return Err(BatchError::HeaderChecksum);
         }
         Self::check_limits(bytes)?;
-        let lsn = |epoch, seq| {
-            Lsn::new(Epoch::new(u64_at(bytes, epoch)), Seq::new(u64_at(bytes, seq)))
-        };
+        let lsn =
+            |epoch, seq| Lsn::new(Epoch::new(u64_at(bytes, epoch)), Seq::new(u64_at(bytes, seq)));
         Ok(Self {
             volume: VolumeId::from_bytes(array(bytes, header::volume)),
             generation: Generation::new(u64_at(bytes, header::generation)),
@@ -194,8 +193,7 @@ impl BatchHeader {
         require(raw <= MAX_BATCH_RAW, "raw length")?;
         require(frames <= MAX_FRAMES && frames == raw.div_ceil(FRAME_RAW), "frame count")?;
         require(len_at(bytes, header::stored_len) <= raw, "stored length")?;
-        let (epoch, prev_epoch) =
-            (u64_at(bytes, header::epoch), u64_at(bytes, header::prev_epoch));
+        let (epoch, prev_epoch) = (u64_at(bytes, header::epoch), u64_at(bytes, header::prev_epoch));
         let (first, last) = (u64_at(bytes, header::first_seq), u64_at(bytes, header::last_seq));
         require(first <= last && first > 0, "sequence range")?;
         let follows = (prev_epoch, u64_at(bytes, header::prev_seq)) < (epoch, first);
@@ -326,9 +324,7 @@ impl<'a> CheckedBatch<'a> {
                 continue;
             }
             let stored = &self.bytes[place..place + entry.stored_len as usize];
-            entry
-                .decode(stored, &mut frame_raw)
-                .map_err(|why| BatchError::Frame { index, why })?;
+            entry.decode(stored, &mut frame_raw).map_err(|why| BatchError::Frame { index, why })?;
             let from = start.max(frame_start) - frame_start;
             let to = end.min(frame_end) - frame_start;
             out.extend_from_slice(&frame_raw[from..to]);

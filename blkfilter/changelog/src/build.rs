@@ -1,12 +1,12 @@
 //! Making batches at the source: zero detection, frames, chain. Bytes are made once.
 
-use farshore_extent::{Chain, Epoch, Extent, Generation, Lsn, Seq, VolumeId, WallTime, SECTOR};
+use farshore_extent::{Chain, Epoch, Extent, Generation, Lsn, SECTOR, Seq, VolumeId, WallTime};
 
-use crate::batch::{chain_of, BatchHeader, MAGIC, VERSION};
+use crate::batch::{BatchHeader, MAGIC, VERSION, chain_of};
 use crate::frame::{FrameEncoder, FrameEntry};
-use crate::layout::{header, HEADER_LEN};
+use crate::layout::{HEADER_LEN, header};
 use crate::limits::{
-    BATCH_RAW_TARGET, FRAME_RAW, MAX_AUX, MAX_MARKER_NAME, MAX_RECORDS, MAX_RECORD_PAYLOAD,
+    BATCH_RAW_TARGET, FRAME_RAW, MAX_AUX, MAX_MARKER_NAME, MAX_RECORD_PAYLOAD, MAX_RECORDS,
 };
 use crate::record::{PayloadRef, Record, RecordBody};
 

@@ -1,7 +1,7 @@
 //! Frames: up to 64 KiB of raw payload, compressed or stored, with a checksum over the stored
 //! bytes so that scrub, spool and relay can verify without decompressing or decrypting.
 
-use crate::layout::{frame, len_at, u32_at, FRAME_ENTRY_LEN};
+use crate::layout::{FRAME_ENTRY_LEN, frame, len_at, u32_at};
 use crate::limits::FRAME_RAW;
 
 /// How the bytes of a frame are stored.

@@ -24,7 +24,6 @@ macro_rules! layout {
     };
 }
 
-
 layout! {
     pub(crate) mod header {
         magic: 8, version: 2, header_len: 2, flags: 4,
@@ -59,6 +58,68 @@ layout! {
     }
 }
 
+layout! {
+    pub(crate) mod segment_header {
+        magic: 8, version: 2, block_len: 2, flags: 4,
+        volume: 16,
+        generation: 8, epoch: 8, segment: 8,
+        prev_epoch: 8, prev_seq: 8, prev_chain: 32,
+        created: 8,
+        capacity: 8,
+        volume_size: 8, block_logical: 4, block_physical: 4,
+        order: 1, order_padding: 7,
+        seal_key_id: 16, seal_wrapped_key: 64,
+        padding: 3868,
+        crc: 4
+    }
+}
+
+layout! {
+    pub(crate) mod segment_trailer {
+        magic: 8, version: 2, reserved: 2, flags: 4,
+        volume: 16, segment: 8, header_crc: 4, footer_block: 4,
+        last_epoch: 8, last_seq: 8, last_chain: 32,
+        min_time: 8, max_time: 8,
+        batch_count: 4, event_count: 4, event_aux_len: 4, frame_count: 4, extent_count: 4,
+        order: 1, order_padding: 3,
+        raw_bytes: 8, stored_bytes: 8,
+        volume_size: 8,
+        padding: 3932,
+        crc: 4
+    }
+}
+
+layout! {
+    pub(crate) mod footer_page {
+        payload: 4080, kind: 1, reserved: 1, used: 2, segment_low: 4, index: 4, crc: 4
+    }
+}
+
+layout! {
+    pub(crate) mod batch_place {
+        block: 4, len: 4, epoch: 8, first_seq: 8, last_seq: 8, first_time: 8, last_time: 8,
+        chain: 32, first_frame: 4, frame_count: 4, reserved: 8
+    }
+}
+
+layout! {
+    pub(crate) mod event {
+        epoch: 8, record: 48
+    }
+}
+
+layout! {
+    pub(crate) mod frame_place {
+        place: 4, crc: 4, stored_less_one: 2, raw_less_one: 2, codec: 1, padding: 3
+    }
+}
+
+layout! {
+    pub(crate) mod index_entry {
+        address_and_len: 8, frame: 4, sector_in_frame: 1, kind: 1, reserved: 2
+    }
+}
+
 /// Bytes of a batch header.
 pub(crate) const HEADER_LEN: usize = header::END;
 /// Bytes of an entry of the record table.
@@ -67,6 +128,9 @@ pub(crate) const RECORD_LEN: usize = record::END;
 pub(crate) const FRAME_ENTRY_LEN: usize = frame::END;
 
 const _: () = assert!(HEADER_LEN == 256 && RECORD_LEN == 48 && FRAME_ENTRY_LEN == 16);
+const _: () = assert!(segment_header::END == 4096 && segment_trailer::END == 4096);
+const _: () = assert!(footer_page::END == 4096 && batch_place::END == 96 && event::END == 56);
+const _: () = assert!(frame_place::END == 16 && index_entry::END == 16);
 
 /// Reads the bytes of a field. The caller has checked that `bytes` is long enough.
 pub(crate) fn array<const N: usize>(bytes: &[u8], at: core::ops::Range<usize>) -> [u8; N] {

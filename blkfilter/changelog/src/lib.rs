@@ -17,6 +17,10 @@ mod build;
 mod frame;
 mod layout;
 mod record;
+mod run;
+mod segment;
+mod segment_footer;
+mod segment_index;
 
 pub use batch::{BatchError, BatchHeader, CheckedBatch, RawBatch};
 pub use build::{BatchBuilder, BatchContext, EncodedBatch};
@@ -24,3 +28,10 @@ pub use frame::{Codec, FrameEntry};
 pub use record::{
     EpochStart, HashPurpose, Marker, MarkerState, PayloadRef, Record, RecordBody, RecordError,
 };
+pub use run::{IndexEntry, IndexPlace, MAX_ENTRY_SECTORS, RunMap, SourcePlace};
+pub use segment::{SegmentError, SegmentHeader, SegmentId, SegmentTrailer, order_after};
+pub use segment_footer::{
+    BatchPlace, ENTRIES_PER_PAGE, FooterHead, FramePlace, SegmentEvent, SegmentFooter,
+    parse_frame_page, parse_run_page,
+};
+pub use segment_index::{EncodedFooter, SegmentIndexBuilder};

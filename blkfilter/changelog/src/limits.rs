@@ -36,6 +36,16 @@ pub const MAX_BATCH_BYTES: usize = crate::layout::HEADER_LEN
     + MAX_FRAMES * crate::layout::FRAME_ENTRY_LEN
     + MAX_BATCH_RAW;
 
+/// Everything in a segment that is made durable on its own begins at a multiple of this many
+/// bytes: a durable sector is never written again.
+pub const SEGMENT_ALIGN: usize = 4096;
+
+/// Largest segment file in bytes: places of frames are kept in 32 bits.
+pub const MAX_SEGMENT_BYTES: u64 = 1 << 30;
+
+/// Largest volume that an index can address: 2^40 sectors of 512 B = 512 TiB.
+pub const MAX_INDEXED_BYTES: u64 = 512 << 40;
+
 /// Largest control message of any protocol of ours, in bytes of bincode.
 pub const MAX_CONTROL_MESSAGE: usize = 1 << 20;
 

@@ -1,10 +1,10 @@
 //! Records: what happened to the volume, each with its sequence number and capture time.
 
 use farshore_extent::{
-    BlockSizes, Extent, GroupId, MarkerId, PointKind, Seq, VolumeSize, WallTime, SECTOR,
+    BlockSizes, Extent, GroupId, MarkerId, PointKind, SECTOR, Seq, VolumeSize, WallTime,
 };
 
-use crate::layout::{array, i64_at, len_at, record, u16_at, u32_at, u64_at, RECORD_LEN};
+use crate::layout::{RECORD_LEN, array, i64_at, len_at, record, u16_at, u32_at, u64_at};
 use crate::limits::{MAX_DATALESS_LEN, MAX_MARKER_NAME, MAX_RECORD_PAYLOAD};
 
 /// One decoded entry of the change log.
@@ -387,7 +387,8 @@ impl Fields<'_> {
         let extent = self.extent(MAX_RECORD_PAYLOAD as u64)?;
         let raw_off = u32_at(self.entry, record::raw_off);
         let end = u64::from(raw_off) + extent.len();
-        if end > self.raw_len as u64 {
+        // An index counts payload in sectors, so a payload that begins within one is refused here.
+        if end > self.raw_len as u64 || !u64::from(raw_off).is_multiple_of(SECTOR) {
             return Err(RecordError::Field("payload place"));
         }
         Ok((extent, PayloadRef { raw_off, crc: u32_at(self.entry, record::crc) }))
@@ -408,8 +409,8 @@ impl Fields<'_> {
             2 => PointKind::Group,
             _ => return Err(RecordError::Field("point kind")),
         };
-        let name = core::str::from_utf8(&self.aux[33..])
-            .map_err(|_| RecordError::Field("marker name"))?;
+        let name =
+            core::str::from_utf8(&self.aux[33..]).map_err(|_| RecordError::Field("marker name"))?;
         Ok(Marker {
             id: MarkerId::from_bytes(array(self.aux, 0..16)),
             kind,

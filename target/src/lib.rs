@@ -10,6 +10,7 @@ pub mod authority;
 pub mod catalogue;
 pub mod config;
 pub mod problem;
+pub mod store;
 
 mod durable_fs;
 mod init;

@@ -1,0 +1,38 @@
+//! Limits of a store: every memory ceiling with its arithmetic.
+
+/// Size of a segment file in bytes (design 04).
+pub const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// A group is worth committing at this size in bytes: where O_DIRECT|O_DSYNC reaches its speed.
+pub const GROUP_TARGET_BYTES: usize = 1 << 20;
+
+/// Most bytes of batches waiting for a commit. One store holds at most this much in its group.
+pub const MAX_GROUP_BYTES: usize = 8 << 20;
+
+/// Prewritten segments kept so that expiry finds room on a full disk (design 04 rule 8).
+pub const RESERVE_SEGMENTS: usize = 2;
+
+/// Recycled segments kept at most: 4 x 64 MiB of disk a volume.
+pub const MAX_SPARES: usize = 4;
+
+/// Decoded frames that a view keeps: 256 x 64 KiB = 16 MiB.
+pub const VIEW_FRAMES: usize = 256;
+
+/// Index pages that a view keeps: 4,096 x (255 x 32 B in memory) = 33 MB, the index of 16 GiB of
+/// journal at 16 KiB an extent.
+pub const VIEW_PAGES: usize = 4096;
+
+/// Segments merged into the base at once: 16 x about 16,000 extents x 64 B in the map = 16 MB.
+pub const APPLY_SEGMENTS: usize = 16;
+
+/// Bytes written to the base in one step of expiry, about 20 ms of a disk.
+pub const APPLY_STEP_BYTES: u64 = 8 << 20;
+
+/// Markers that wait for their commit. The oldest is forgotten (and is then no point).
+pub const MAX_PENDING_MARKERS: usize = 1024;
+
+/// Ranges of unknown content that super can name.
+pub const MAX_UNKNOWN: usize = 200;
+
+/// Chains of recent batches, to recognise a duplicate of another history.
+pub const RECENT_CHAINS: usize = 256;

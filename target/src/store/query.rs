@@ -1,0 +1,169 @@
+//! What a store can be asked: which places exist, which are consistent, and views of them.
+
+use std::sync::Arc;
+
+use farshore_changelog::BatchPlace;
+use farshore_extent::{CaptureOrder, Lsn, WallTime};
+
+use super::error::{StoreError, ViewError};
+use super::order::{OrderBook, OrderedStretch, StoreEvent};
+use super::segment::Segment;
+use super::view::{Parts, Pin, PointReader};
+use super::Store;
+
+impl Store {
+    /// Whether the state at `lsn` is one the volume really had.
+    #[must_use]
+    pub fn is_ordered_at(&self, lsn: Lsn) -> bool {
+        self.book.at(lsn) == CaptureOrder::Ordered
+    }
+
+    /// Stretches in which every place is a consistent state, oldest first. Parts below
+    /// [`super::Position::floor`] cannot be opened any more.
+    #[must_use]
+    pub fn ordered_stretches(&self) -> Vec<OrderedStretch> {
+        self.book.stretches()
+    }
+
+    /// Everything the kept journal says about points and order, oldest first: for a catalogue that
+    /// is to be checked or built anew. Points below the floor are left out.
+    #[must_use]
+    pub fn history(&self) -> Vec<StoreEvent> {
+        let sb = &self.sb;
+        let mut book = OrderBook::new(sb.base, sb.base_order, sb.base_time);
+        let mut events = Vec::new();
+        for segment in self.all_segments() {
+            segment.events.iter().for_each(|e| book.take_after(e, sb.base, &mut events));
+        }
+        events.retain(|event| match event {
+            StoreEvent::Point(point) => point.lsn >= sb.floor,
+            StoreEvent::MarkerDropped { .. }
+            | StoreEvent::OrderLost { .. }
+            | StoreEvent::OrderRestored { .. }
+            | StoreEvent::Resized { .. }
+            | StoreEvent::EpochStarted { .. } => true,
+        });
+        events
+    }
+
+    /// Bytes of journal files on disk.
+    #[must_use]
+    pub fn journal_bytes(&self) -> u64 {
+        let open = self.open.as_ref().map_or(0, |open| open.header().capacity);
+        let kept = self.segments.iter().chain(&self.doomed).map(|s| s.header.capacity);
+        kept.sum::<u64>() + open
+    }
+
+    /// The last durable place captured at or before `time` on the source's clock, going back from
+    /// the newest; none when that has expired. The clock is a label: when it was set back, the
+    /// later of two possible places is found.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the journal cannot be read.
+    pub fn resolve_time(&self, time: WallTime) -> Result<Option<Lsn>, StoreError> {
+        let sb = &self.sb;
+        for segment in self.segments_between(sb.base, self.durable).iter().rev() {
+            if segment.min_time > time {
+                continue;
+            }
+            for batch in segment.batches()?.iter().rev() {
+                if batch.first_time > time {
+                    continue;
+                }
+                if batch.last_time <= time {
+                    return Ok(self.kept(batch.last()));
+                }
+                let found = last_record(segment, batch, |at, _| at <= time)?;
+                return Ok(found.and_then(|(lsn, _)| self.kept(lsn)));
+            }
+        }
+        Ok(if time >= sb.base_time { self.kept(sb.base) } else { None })
+    }
+
+    fn kept(&self, lsn: Lsn) -> Option<Lsn> {
+        (lsn >= self.sb.floor).then_some(lsn)
+    }
+
+    /// Capture time of the newest record at or before `lsn`.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the journal cannot be read.
+    pub fn time_at(&self, lsn: Lsn) -> Result<WallTime, StoreError> {
+        for segment in self.segments_between(self.sb.base, lsn).iter().rev() {
+            for batch in segment.batches()?.iter().rev() {
+                if batch.last() <= lsn {
+                    return Ok(batch.last_time);
+                }
+                if Lsn::new(batch.epoch, batch.first_seq) <= lsn {
+                    let found = last_record(segment, batch, |_, at| at <= lsn)?;
+                    return Ok(found.map_or(batch.first_time, |(_, time)| time));
+                }
+            }
+        }
+        Ok(self.sb.base_time)
+    }
+
+    /// Opens the state after every record up to `at` for reading. The view pins what it needs:
+    /// while it lives the base does not pass `at`, and its segments stay.
+    ///
+    /// # Errors
+    /// [`ViewError`] when there is no such state.
+    pub fn open_view(&self, at: Lsn) -> Result<PointReader, ViewError> {
+        if at < self.sb.floor {
+            return Err(ViewError::Expired { at, floor: self.sb.floor });
+        }
+        if at > self.durable {
+            return Err(ViewError::NotYet { at, durable: self.durable });
+        }
+        if !self.is_ordered_at(at) {
+            return Err(ViewError::NotOrdered { at });
+        }
+        Ok(self.reader(at, Some(Pin::new(&self.pins, at)))?)
+    }
+
+    /// As [`Self::open_view`] for any place, also one inside a catch-up, where the content is a
+    /// state that the volume never had: for salvage and comparison only.
+    ///
+    /// # Errors
+    /// [`ViewError`] when there is no such place.
+    pub fn open_unordered_view(&self, at: Lsn) -> Result<PointReader, ViewError> {
+        match self.open_view(at) {
+            Err(ViewError::NotOrdered { .. }) => {
+                Ok(self.reader(at, Some(Pin::new(&self.pins, at)))?)
+            }
+            other => other,
+        }
+    }
+
+    /// A reader of base + journal up to `at`, which lies between base and `durable`.
+    pub(super) fn reader(&self, at: Lsn, pin: Option<Pin>) -> Result<PointReader, StoreError> {
+        let mut layers = self.segments_between(self.sb.base, at);
+        if let Some(newest) = layers.last_mut().filter(|newest| newest.last > at) {
+            *newest = Arc::new(newest.upto(at)?);
+        }
+        layers.reverse();
+        let size = layers.first().map_or(self.sb.size, |newest| newest.size);
+        Ok(PointReader::new(Parts {
+            at,
+            size,
+            blocks: self.sb.blocks,
+            layers,
+            base: Arc::clone(&self.base),
+            base_size: self.sb.size.get(),
+            base_unknown: self.sb.unknown.clone(),
+            pin,
+        }))
+    }
+}
+
+/// The last record of a batch, in order, that `wanted` accepts.
+fn last_record(
+    segment: &Segment,
+    batch: &BatchPlace,
+    wanted: impl Fn(WallTime, Lsn) -> bool,
+) -> Result<Option<(Lsn, WallTime)>, StoreError> {
+    segment.with_batch(batch, &mut Vec::new(), |checked| {
+        let records = checked.records().map(|r| (Lsn::new(batch.epoch, r.seq), r.time));
+        records.filter(|(lsn, time)| wanted(*time, *lsn)).last()
+    })
+}

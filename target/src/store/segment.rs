@@ -1,0 +1,256 @@
+//! A segment as views, apply and recovery read it: its file, what is known of it, its index.
+//!
+//! Never writes. A sealed segment keeps only events and fences in memory; pages of its run and
+//! frame directory are read when they are needed.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use farshore_changelog::{
+    parse_frame_page, parse_run_page, BatchPlace, FooterHead, FramePlace, IndexEntry, RawBatch,
+    SegmentEvent, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer, ENTRIES_PER_PAGE,
+};
+use farshore_extent::{Lsn, VolumeSize, WallTime};
+
+use super::cache::Cache;
+use super::disk::{DiskFile, ALIGN};
+use super::error::StoreError;
+
+/// Name of a segment's file.
+pub(crate) fn file_name(id: SegmentId) -> String {
+    format!("seg-{id}")
+}
+
+/// The number in the name of a segment's file.
+pub(crate) fn id_in_name(name: &str) -> Option<SegmentId> {
+    let digits = name.strip_prefix("seg-").filter(|d| d.len() == 16)?;
+    u64::from_str_radix(digits, 16).ok().map(SegmentId::new)
+}
+
+/// Where the index of a segment is.
+pub(crate) enum Index {
+    /// In its footer, on disk.
+    Footer { trailer: SegmentTrailer, fences: Vec<u64> },
+    /// In memory: the open segment, or a part of one.
+    Memory { batches: Vec<BatchPlace>, frames: Vec<FramePlace>, run: Vec<IndexEntry> },
+}
+
+/// A segment that can be read.
+pub(crate) struct Segment {
+    pub(crate) header: SegmentHeader,
+    pub(crate) file: Arc<dyn DiskFile>,
+    pub(crate) last: Lsn,
+    pub(crate) size: VolumeSize,
+    pub(crate) min_time: WallTime,
+    pub(crate) events: Vec<SegmentEvent>,
+    pub(crate) index: Index,
+}
+
+impl Segment {
+    /// What the trailer and footer of a sealed segment say.
+    pub(crate) fn sealed(
+        header: SegmentHeader,
+        trailer: SegmentTrailer,
+        head: FooterHead,
+        file: Arc<dyn DiskFile>,
+    ) -> Self {
+        Self {
+            header,
+            file,
+            last: trailer.last,
+            size: trailer.size,
+            min_time: trailer.min_time,
+            events: head.events,
+            index: Index::Footer { trailer, fences: head.fences },
+        }
+    }
+
+    /// What was added to `builder` until now.
+    pub(crate) fn in_memory(builder: &SegmentIndexBuilder, file: Arc<dyn DiskFile>) -> Self {
+        let (min_time, _) = builder.times();
+        Self {
+            header: *builder.header(),
+            file,
+            last: builder.last(),
+            size: builder.size(),
+            min_time,
+            events: builder.events().to_vec(),
+            index: Index::Memory {
+                batches: builder.batches().to_vec(),
+                frames: builder.frames().to_vec(),
+                run: builder.run().entries().collect(),
+            },
+        }
+    }
+
+    pub(crate) const fn id(&self) -> SegmentId {
+        self.header.segment
+    }
+
+    /// The directory of batches; read from the footer when the segment is sealed.
+    pub(crate) fn batches(&self) -> Result<Vec<BatchPlace>, StoreError> {
+        match &self.index {
+            Index::Memory { batches, .. } => Ok(batches.clone()),
+            Index::Footer { trailer, .. } => {
+                Ok(read_head(self.file.as_ref(), &self.header, trailer)?.batches)
+            }
+        }
+    }
+
+    /// This segment as it was at `at`, a place within it: its batches are read and verified up to
+    /// there.
+    pub(crate) fn upto(&self, at: Lsn) -> Result<Self, StoreError> {
+        let mut builder = SegmentIndexBuilder::new(self.header);
+        let mut bytes = Vec::new();
+        for batch in self.batches()? {
+            if Lsn::new(batch.epoch, batch.first_seq) > at {
+                break;
+            }
+            let wanted = if batch.last() <= at { batch.last_seq } else { at.seq };
+            self.with_batch(&batch, &mut bytes, |checked| {
+                builder.push_upto(checked, batch.place, wanted);
+            })?;
+        }
+        Ok(Self::in_memory(&builder, Arc::clone(&self.file)))
+    }
+
+    /// Reads a batch and verifies it against its directory entry.
+    pub(crate) fn with_batch<T>(
+        &self,
+        batch: &BatchPlace,
+        bytes: &mut Vec<u8>,
+        with: impl FnOnce(&farshore_changelog::CheckedBatch<'_>) -> T,
+    ) -> Result<T, StoreError> {
+        let damaged = |source| StoreError::Batch { segment: self.id(), place: batch.place, source };
+        bytes.resize(batch.len as usize, 0);
+        self.read(bytes, batch.place)?;
+        let checked = RawBatch::parse(bytes).and_then(RawBatch::check).map_err(damaged)?;
+        if checked.header().chain != batch.chain {
+            return Err(damaged(farshore_changelog::BatchError::Chain));
+        }
+        Ok(with(&checked))
+    }
+
+    pub(crate) fn read(&self, buf: &mut [u8], at: u64) -> Result<(), StoreError> {
+        let what = || format!("reading {} at {at}", file_name(self.id()));
+        self.file.read_at(buf, at).map_err(|e| StoreError::io(what(), e))
+    }
+
+    /// Appends the entries that overlap `[from, to)` sectors to `out`, by address, not clipped.
+    pub(crate) fn lookup(
+        &self,
+        from: u64,
+        to: u64,
+        pages: &Pages,
+        out: &mut Vec<IndexEntry>,
+    ) -> Result<(), StoreError> {
+        let take = |run: &[IndexEntry], out: &mut Vec<IndexEntry>| {
+            let first = run.partition_point(|e| e.end() <= from);
+            out.extend(run[first..].iter().take_while(|e| e.sector < to));
+        };
+        match &self.index {
+            Index::Memory { run, .. } => take(run, out),
+            Index::Footer { trailer, fences } => {
+                let first = fences.partition_point(|f| *f <= from).saturating_sub(1);
+                for (n, fence) in fences.iter().enumerate().skip(first) {
+                    if *fence >= to {
+                        break;
+                    }
+                    take(&pages.run(self, trailer, n)?, out);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where frame `ordinal` lies.
+    pub(crate) fn frame(
+        &self,
+        ordinal: u32,
+        pages: &Pages,
+    ) -> Result<Option<FramePlace>, StoreError> {
+        let ordinal = ordinal as usize;
+        match &self.index {
+            Index::Memory { frames, .. } => Ok(frames.get(ordinal).copied()),
+            Index::Footer { trailer, .. } => {
+                let page = pages.frames(self, trailer, ordinal / ENTRIES_PER_PAGE)?;
+                Ok(page.get(ordinal % ENTRIES_PER_PAGE).copied())
+            }
+        }
+    }
+}
+
+/// Reads and parses the head of a footer.
+pub(crate) fn read_head(
+    file: &dyn DiskFile,
+    header: &SegmentHeader,
+    trailer: &SegmentTrailer,
+) -> Result<FooterHead, StoreError> {
+    let mut bytes = vec![0; trailer.head_pages() * ALIGN];
+    let what = || format!("reading footer of {}", file_name(header.segment));
+    file.read_at(&mut bytes, trailer.footer_place()).map_err(|e| StoreError::io(what(), e))?;
+    FooterHead::parse(trailer, &bytes)
+        .map_err(|source| StoreError::Segment { segment: header.segment, source })
+}
+
+/// Index pages read so far, bounded; shared by all threads of a view.
+pub(crate) struct Pages {
+    run: Mutex<Cache<(SegmentId, usize), Arc<Vec<IndexEntry>>>>,
+    frames: Mutex<Cache<(SegmentId, usize), Arc<Vec<FramePlace>>>>,
+}
+
+impl Pages {
+    pub(crate) const fn new(capacity: usize) -> Self {
+        Self {
+            run: Mutex::new(Cache::new(capacity)),
+            frames: Mutex::new(Cache::new(capacity)),
+        }
+    }
+
+    fn run(
+        &self,
+        segment: &Segment,
+        trailer: &SegmentTrailer,
+        n: usize,
+    ) -> Result<Arc<Vec<IndexEntry>>, StoreError> {
+        let place = trailer.run_page_place(n);
+        page(&self.run, segment, n, place, |bytes| parse_run_page(trailer, n, bytes))
+    }
+
+    fn frames(
+        &self,
+        segment: &Segment,
+        trailer: &SegmentTrailer,
+        n: usize,
+    ) -> Result<Arc<Vec<FramePlace>>, StoreError> {
+        let place = trailer.frame_page_place(n);
+        page(&self.frames, segment, n, place, |bytes| parse_frame_page(trailer, n, bytes))
+    }
+}
+
+type PageCache<T> = Mutex<Cache<(SegmentId, usize), Arc<Vec<T>>>>;
+
+fn page<T>(
+    cache: &PageCache<T>,
+    segment: &Segment,
+    n: usize,
+    place: u64,
+    parse: impl FnOnce(&[u8]) -> Result<Vec<T>, farshore_changelog::SegmentError>,
+) -> Result<Arc<Vec<T>>, StoreError> {
+    let key = (segment.id(), n);
+    if let Some(hit) = guard(cache).get(&key) {
+        return Ok(hit);
+    }
+    // Read outside of the lock: another thread may read the same page, which is harmless.
+    let mut bytes = vec![0; ALIGN];
+    segment.read(&mut bytes, place)?;
+    let parsed = parse(&bytes)
+        .map_err(|source| StoreError::Segment { segment: segment.id(), source })?;
+    let parsed = Arc::new(parsed);
+    guard(cache).put(key, Arc::clone(&parsed));
+    Ok(parsed)
+}
+
+/// A cache stays usable when a thread died while it held it: every value in it is whole.
+pub(crate) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,4 @@
+//! Tests of the store on simulated and real files.
+
+mod crash;
+mod source;

@@ -22,7 +22,9 @@ pub enum Identity {
     Block(BlockIdentity),
 }
 
-/// Every write to a file changes its times.
+/// Every write to a file changes its times. Two things escape: a write within the clock tick of the
+/// kernel (4 ms before Linux 6.13) in which the identity was taken, and a stranger's direct write
+/// whose time did not reach the disk before a power loss.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileIdentity {
     /// Device the file system is on.

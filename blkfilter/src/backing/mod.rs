@@ -98,7 +98,7 @@ impl Backing {
         !self.read_only()
     }
 
-    /// A ring on it for one queue thread. `fixed`: memories to register, most useful first.
+    /// A ring on it for one queue thread. `fixed`: memories to register.
     ///
     /// # Errors
     /// Out of descriptors.
@@ -112,12 +112,13 @@ impl Backing {
         Ring::new(Arc::clone(&self.file), config)
     }
 
-    /// Makes everything completed so far durable; blocks. For orderly stops; queues use their ring.
+    /// Makes everything completed so far durable, the times of a file included; blocks. For
+    /// orderly stops; queues use their ring.
     ///
     /// # Errors
     /// Of the device.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.file.sync_all()
     }
 
     /// The first allocated range at or after `from`, up to the end of the volume; `None` when only

@@ -10,8 +10,8 @@
 pub mod client;
 mod message;
 
-pub use client::{Client, FetchWish};
 pub use crate::sys::pool_reader::ReadOnlyPool;
+pub use client::{Client, FetchWish};
 pub use message::{
     BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced, MarkerRequest,
     PoolPlace, ProtectRequest, Reply, Request, VolumeInfo, VolumeStatus,

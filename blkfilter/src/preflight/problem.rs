@@ -263,11 +263,36 @@ pub(crate) fn cannot_open(path: &Path, error: &io::Error) -> Problem {
     match error.raw_os_error() {
         Some(libc::EBUSY | libc::ETXTBSY) => claimed(path),
         Some(libc::EROFS) => read_only(path),
-        // EPERM: a file marked immutable. EACCES of a device means the user.
-        Some(libc::EPERM) => read_only(path),
+        // A file marked immutable; for a device, a container that may not use it.
+        Some(libc::EPERM) if path.is_file() => read_only(path),
         _ => match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => cannot_look(path, error),
             _ => silent(path, error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_failure_to_open_has_its_code() {
+        let codes = [
+            (libc::EBUSY, 4016),
+            (libc::EROFS, 4017),
+            (libc::EPERM, 4026),
+            (libc::EACCES, 4026),
+            (libc::ENOENT, 4011),
+            (libc::ENXIO, 4029),
+            (libc::EIO, 4029),
+        ];
+        for (errno, code) in codes {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(cannot_open(Path::new("/dev/vdb"), &error).code.0, code, "{error}");
+        }
+        let immutable = io::Error::from_raw_os_error(libc::EPERM);
+        let program = std::env::current_exe().unwrap();
+        assert_eq!(cannot_open(&program, &immutable).code.0, 4017);
     }
 }

@@ -45,8 +45,8 @@ pub struct RingConfig {
     pub engine: Engine,
     /// The file has no direct I/O: reads and writes are done when pushed.
     pub buffered: bool,
-    /// Memories to register with the kernel, best first. What the limit on locked memory does
-    /// not allow is used unregistered.
+    /// Memories to register with the kernel. What the limit on locked memory does not allow
+    /// (the largest first) or is over 1 GiB is used unregistered.
     pub fixed: Vec<Arc<PoolMemory>>,
 }
 

@@ -13,6 +13,7 @@ pub mod control;
 pub mod core;
 pub mod device;
 pub mod durable_fs;
+pub mod filter;
 pub mod frontend;
 pub mod pool;
 pub mod preflight;

@@ -78,6 +78,12 @@ impl CaptureCore {
         self.volumes.iter().flatten().find(|v| v.id == id).map(|v| v.key)
     }
 
+    /// The keys of all attached volumes.
+    #[must_use]
+    pub fn keys(&self) -> Vec<VolumeKey> {
+        self.volumes.iter().flatten().map(|v| v.key).collect()
+    }
+
     /// The records after `after`, in order and without a gap, appended to `out`; at most
     /// `max_records` of them and, beyond the first, `max_bytes` of payload. True when more wait.
     ///

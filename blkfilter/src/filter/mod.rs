@@ -1,0 +1,19 @@
+//! The capture core at work: real queues, rings, pools and threads around [`crate::core`].
+//!
+//! Owns the one [`Host`] (the core behind a short lock), the [`FilterDevice`] that front ends
+//! serve, and the copy loop. No lock is held over I/O or a system call; a write is stepped twice,
+//! together with what arrived or ended beside it, and handed over to the agent without a system
+//! call of its own.
+
+mod copy_loop;
+mod device;
+mod fetch;
+mod host;
+mod inbox;
+mod queue;
+mod slots;
+
+pub use copy_loop::CopyLoop;
+pub use device::{FilterConfig, FilterDevice};
+pub use fetch::FetchWait;
+pub use host::Host;

@@ -87,6 +87,12 @@ pub enum FeedError {
         /// Place the feed began at.
         durable: Lsn,
     },
+    /// `filterd` does not hand out records from this place.
+    #[error("filterd refuses to hand out the changes: {problem}")]
+    Refused {
+        /// Its answer.
+        problem: Problem,
+    },
 }
 
 impl FeedError {
@@ -107,6 +113,7 @@ impl FeedError {
                 )
                 .with_risk("none for the disk; no new recovery point until the copy has ended"),
             ),
+            Self::Refused { problem } => FeedFailure::Damaged(problem.clone()),
             Self::Behind { .. } => FeedFailure::Diverged(Problem::harmless(
                 3011,
                 format!("volume {name} cannot be replicated: the target is ahead of this source"),

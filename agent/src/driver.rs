@@ -166,6 +166,7 @@ impl Driver {
                 }
                 tracing::info!(target = self.address(), "connected to the target");
                 self.step(Event::Connected).await;
+                self.show();
             }
             Input::Received(number, message) if self.is_current(number) => {
                 self.received(message).await;

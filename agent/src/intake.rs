@@ -16,10 +16,15 @@ use farshore_extent::{Epoch, Lsn, Problem, VolumeId, VolumeName};
 
 use crate::batch::{Feed, FeedError, FeedOptions, PayloadSource};
 use crate::limits::{FETCH_BYTES, FETCH_IDLE, FETCH_WAIT};
+use crate::line::is_refusal;
 use crate::session::{FeedFailure, Resume};
 
 /// How long to wait before `filterd` is asked again after it failed.
 const RETRY: Duration = Duration::from_millis(200);
+
+/// Refusals in a row after which the place is given up and everything is copied again. One can come
+/// from a volume that is just being opened.
+const MAX_REFUSALS: u32 = 5;
 
 impl PayloadSource for ReadOnlyPool {
     fn payload(&self, offset: u64, len: u64) -> Option<&[u8]> {
@@ -203,6 +208,7 @@ struct Running {
     pending: VecDeque<Descriptor>,
     epoch: Epoch,
     more: bool,
+    refusals: u32,
 }
 
 struct Worker {
@@ -226,6 +232,7 @@ impl Worker {
                     pending: VecDeque::new(),
                     epoch: Epoch::ZERO,
                     more: false,
+                    refusals: 0,
                 });
             }
             match self.next_batch() {
@@ -267,6 +274,12 @@ impl Worker {
                 return Ok(None);
             }
             if let Err(problem) = fill(&mut self.source, running) {
+                if is_refusal(&problem) {
+                    running.refusals += 1;
+                    if running.refusals >= MAX_REFUSALS {
+                        return Err(FeedError::Refused { problem });
+                    }
+                }
                 tracing::debug!(volume = %self.source.name, %problem, "filterd did not answer");
                 self.source.forget();
                 running.pending.clear();
@@ -287,5 +300,6 @@ fn fill(source: &mut Source, running: &mut Running) -> Result<(), Problem> {
     running.epoch = epoch;
     running.pending.extend(records);
     running.more = more;
+    running.refusals = 0;
     Ok(())
 }

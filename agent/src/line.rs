@@ -75,7 +75,8 @@ impl Line {
     /// When the system gives no thread.
     pub fn spawn(socket: PathBuf, sink: Sink) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let worker = Worker { socket, sink, shared: shared.clone(), client: None };
+        let worker =
+            Worker { socket, sink, shared: shared.clone(), client: None, failed: BTreeMap::new() };
         std::thread::Builder::new().name("filterd-line".to_owned()).spawn(|| worker.run())?;
         Ok(Self { shared })
     }
@@ -115,6 +116,8 @@ struct Worker {
     sink: Sink,
     shared: Arc<Shared>,
     client: Option<Client>,
+    /// Releases that did not arrive: said again after the next listing.
+    failed: BTreeMap<VolumeId, Lsn>,
 }
 
 impl Worker {
@@ -133,7 +136,11 @@ impl Worker {
             if next_list <= Instant::now() {
                 next_list = Instant::now() + LIST_INTERVAL;
                 let report = match self.call(Client::list) {
-                    Ok(volumes) => FromFilterd::Volumes(volumes),
+                    Ok(volumes) => {
+                        let again = std::mem::take(&mut self.failed);
+                        self.release(again);
+                        FromFilterd::Volumes(volumes)
+                    }
                     Err(problem) => FromFilterd::Lost(problem),
                 };
                 (self.sink)(report);
@@ -147,7 +154,6 @@ impl Worker {
         until: Instant,
     ) -> (BTreeMap<VolumeId, Lsn>, VecDeque<(Purpose, MarkerRequest)>, bool) {
         let limit = until.saturating_duration_since(Instant::now());
-        // Releases that failed wait for the next listing; new ones wake the thread by the notice.
         let idle = |w: &mut Work| !w.exit && w.markers.is_empty() && w.releases.is_empty();
         let guard = self.shared.changed.wait_timeout_while(self.shared.lock(), limit, idle);
         let (mut work, _) = guard.unwrap_or_else(PoisonError::into_inner);
@@ -157,9 +163,11 @@ impl Worker {
     fn release(&mut self, releases: BTreeMap<VolumeId, Lsn>) {
         for (volume, upto) in releases {
             if let Err(problem) = self.call(|c| c.release(volume, upto)) {
-                // What is durable is said again at the next acknowledgement, and filterd keeps
-                // what it was not told to forget.
                 tracing::debug!(%volume, %upto, %problem, "a release did not arrive");
+                if !is_refusal(&problem) {
+                    let entry = self.failed.entry(volume).or_default();
+                    *entry = upto.max(*entry);
+                }
             }
         }
     }
@@ -174,6 +182,11 @@ impl Worker {
         };
         call(client)
     }
+}
+
+/// Whether `filterd` answered and refused; otherwise it could not be asked.
+pub(crate) const fn is_refusal(problem: &Problem) -> bool {
+    !matches!(problem.code.0, 4901 | 5900..=5999)
 }
 
 /// The problem of a tag that could not be placed.

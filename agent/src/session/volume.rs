@@ -306,8 +306,9 @@ impl VolumeSession {
             self.send_waiting(faults, actions);
             return;
         }
-        if generation_changed || !self.resume_inside_window(opened) {
-            self.rebuild(opened, faults, actions);
+        match self.border(opened) {
+            Some(count) if !generation_changed => self.pop(count),
+            _ => self.rebuild(opened, faults, actions),
         }
         self.memory.acked = opened.durable;
         self.memory.acked_chain = opened.chain;
@@ -327,8 +328,13 @@ impl VolumeSession {
             Verdict::Continue if durable < acked => {
                 Some(format!("the target lost acknowledged data: {acked} was, it is at {durable}"))
             }
-            // Number 0 of an epoch stands for "nothing of it yet".
-            Verdict::Continue if durable < self.released && self.released.seq > Seq::ZERO => {
+            // Number 0 of an epoch stands for "nothing of it yet". What is in the window can be sent
+            // whatever filterd has let go (after a recopy it lets go of everything).
+            Verdict::Continue
+                if durable < self.released
+                    && self.released.seq > Seq::ZERO
+                    && self.border(opened).is_none() =>
+            {
                 Some(format!(
                     "the target is at {durable}, and records up to {} were already given up",
                     self.released
@@ -341,22 +347,15 @@ impl VolumeSession {
         }
     }
 
-    /// Drops from the window what the target has. False when the target's place is not on a border
-    /// of the window with the same chain: then the window is of no use.
-    fn resume_inside_window(&mut self, opened: &Opened) -> bool {
-        let Some(feed) = &self.feed else { return false };
+    /// How many batches of the window the target has. None when its place is not on a border of the
+    /// window with the same chain: then the window is of no use.
+    fn border(&self, opened: &Opened) -> Option<usize> {
+        let feed = self.feed.as_ref()?;
         let here = (opened.durable, opened.chain);
         if (feed.end.after, feed.end.chain) == here {
-            self.pop(self.window.len());
-            return true;
+            return Some(self.window.len());
         }
-        let Some(index) =
-            self.window.iter().position(|b| (b.header.prev, b.header.prev_chain) == here)
-        else {
-            return false;
-        };
-        self.pop(index);
-        true
+        self.window.iter().position(|b| (b.header.prev, b.header.prev_chain) == here)
     }
 
     /// Starts a feed exactly behind the target.

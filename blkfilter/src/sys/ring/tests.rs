@@ -75,6 +75,18 @@ fn exercise(ring: &mut Ring, memory: &Arc<PoolMemory>) {
 }
 
 #[test]
+fn a_ring_can_move_to_its_thread() {
+    fn movable<T: Send>() {}
+    movable::<Ring>();
+    let dir = disk_dir();
+    let mut ring = Ring::new(file_in(dir.path(), true), RingConfig::default()).unwrap();
+    ring.push(Op::Write { offset: 0, buf: own(4096, 1), durable: true }, 1);
+    ring.submit().unwrap();
+    let work = move || finish(&mut ring).into_iter().map(|done| done.result).collect::<Vec<_>>();
+    assert_eq!(std::thread::spawn(work).join().unwrap(), [Ok(())]);
+}
+
+#[test]
 fn direct_io_by_io_uring_with_registered_buffers() {
     let dir = disk_dir();
     let memory = PoolMemory::shared(1 << 20).unwrap();

@@ -22,9 +22,9 @@ const CHUNK: u64 = 256 << 10;
 /// What buffers of slots are aligned to, in bytes, as a direct I/O device would need.
 const ALIGN: usize = 4096;
 
-/// Most bytes of reserved slots of one queue: 32 requests of the largest size at the seam, so
-/// that the largest client request (32 MiB) always fits.
-const QUEUE_BYTES: usize = 64 << 20;
+/// Most bytes of reserved slots of one queue: more than the largest request of any NBD client
+/// (64 MiB), so that it fits as a whole.
+const QUEUE_BYTES: usize = 96 << 20;
 
 /// Idle buffers a queue keeps for each size class, so that steady traffic never allocates.
 const SPARES: usize = 64;

@@ -118,8 +118,9 @@ impl Transmission {
     }
 
     /// A read: its pieces are submitted as buffers allow.
-    pub(super) fn begin_read(&mut self, cookie: u64, extent: Extent) {
-        let job = self.jobs.open(cookie, Kind::Read, extent.offset(), slot_len(extent));
+    pub(super) fn begin_read(&mut self, cookie: u64, extent: Extent, skip: u32, len: u32) {
+        let job = self.jobs.open(cookie, Kind::Read, extent.offset(), len);
+        self.jobs.get(job).skip = skip;
         self.incoming = Incoming::Read(Read { job, rest: extent, piece: 0 });
     }
 
@@ -225,6 +226,18 @@ impl Transmission {
         }
         self.settle(drain.job);
         Carry::Complete
+    }
+
+    /// A read that is answered as a whole holds all buffers itself: what it has is sent, with
+    /// the promise that the rest succeeds. Returns whether there was anything.
+    pub(super) fn send_held(&mut self) -> bool {
+        let Incoming::Read(Read { job, .. }) = self.incoming else { return false };
+        let found = self.jobs.get(job);
+        if found.held.is_empty() || found.failed.is_some() {
+            return false;
+        }
+        self.push_held(job);
+        true
     }
 
     /// No buffer came free for too long although nothing of ours is in flight: the request fails.

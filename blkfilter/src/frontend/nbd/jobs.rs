@@ -1,5 +1,7 @@
 //! Requests in flight: a slab, so that nothing is allocated for a request on the hot path.
 
+use std::ops::Range;
+
 use super::wire::ErrorNumber;
 use crate::device::{MAX_PAYLOAD, Slot, Tag};
 
@@ -21,6 +23,10 @@ pub struct Job {
     pub offset: u64,
     /// Payload in bytes, for the limit of what may be in flight; 0 without payload.
     pub payload: u32,
+    /// Bytes of the first piece read that were not asked for.
+    pub skip: u32,
+    /// A part of the answer is out and said success: a failure can only cut the connection.
+    pub committed: bool,
     /// Pieces in flight, plus one while more are to be submitted.
     pub left: u32,
     /// The first error decides.
@@ -35,9 +41,18 @@ impl Job {
         self.failed.get_or_insert(error);
     }
 
-    /// Offset of piece `number` of this job.
-    pub fn piece_offset(&self, number: u32) -> u64 {
-        self.offset + u64::from(number) * MAX_PAYLOAD as u64
+    /// Offset on the device of the first wanted byte of piece `number`.
+    pub fn wanted_offset(&self, number: u32) -> u64 {
+        let skip = if number == 0 { self.skip } else { 0 };
+        self.offset + u64::from(number) * MAX_PAYLOAD as u64 + u64::from(skip)
+    }
+
+    /// The wanted bytes of piece `number`, which was read into a slot of `len` bytes.
+    pub fn wanted(&self, number: u32, len: u32) -> Range<usize> {
+        let before = number as usize * MAX_PAYLOAD;
+        let stop = (self.skip as usize + self.payload as usize).saturating_sub(before);
+        let start = if number == 0 { self.skip as usize } else { 0 };
+        start..stop.min(len as usize)
     }
 }
 
@@ -61,11 +76,15 @@ impl Jobs {
             job.offset = offset;
             job.payload = payload;
             job.left = 1;
+            job.skip = 0;
+            job.committed = false;
             job.failed = None;
             return index;
         }
         let held = Vec::new();
-        self.slots.push(Job { cookie, kind, offset, payload, left: 1, failed: None, held });
+        let (skip, committed, failed) = (0, false, None);
+        let job = Job { cookie, kind, offset, payload, skip, committed, left: 1, failed, held };
+        self.slots.push(job);
         u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX) // bounded by MAX_REQUESTS
     }
 

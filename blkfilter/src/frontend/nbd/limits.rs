@@ -1,11 +1,16 @@
 //! Every bound of the NBD server, with the arithmetic of what a hostile peer can cost.
 //!
 //! One connection costs at most: staging 256 KiB + option data 64 KiB + slots of requests
-//! ([`BUSY_BYTES`] + one more request of [`MAX_REQUEST`]) = 48.3 MiB + copied replies 1 MiB, and
-//! only while it has real requests in flight; an idle one costs about 330 KiB.
+//! ([`BUSY_BYTES`] + one more request of [`MAX_REQUEST_UNTOLD`]) = 80.3 MiB + copied replies 1 MiB,
+//! and only while it has real requests in flight and the device's queue lends that many buffers;
+//! an idle one costs about 330 KiB.
 
 /// Largest READ or WRITE of a client in bytes: what the protocol makes every server accept.
 pub const MAX_REQUEST: u32 = 32 << 20;
+
+/// The same for a client that entered by EXPORT_NAME and so was told no sizes. The protocol's own
+/// test client asks for 48 MiB at once.
+pub const MAX_REQUEST_UNTOLD: u32 = 64 << 20;
 
 /// Largest piece of a zero or trim handed to a device, in bytes (the seam's rule).
 pub const MAX_ZERO: u64 = farshore_changelog::limits::MAX_DATALESS_LEN;
@@ -33,7 +38,7 @@ pub const STAGING_BEHIND_LARGE: usize = 4 << 10;
 
 /// Read payload up to this size is copied next to its header, so that a group of replies leaves
 /// in one send and its slot is free at once; larger payload is sent from the slot.
-pub const COPY_REPLY: u32 = 16 << 10;
+pub const COPY_REPLY: usize = 16 << 10;
 
 /// Longest export name and description the protocol allows, in bytes.
 pub const MAX_STRING: usize = 4096;

@@ -42,6 +42,8 @@ pub struct Negotiation<'a> {
     tls: Tls,
     no_zeroes: bool,
     structured: bool,
+    /// It entered by EXPORT_NAME, which tells no block sizes.
+    untold: bool,
     /// Export for which `base:allocation` was selected.
     selected: Option<String>,
 }
@@ -49,13 +51,14 @@ pub struct Negotiation<'a> {
 impl<'a> Negotiation<'a> {
     /// Begins after the client's flags.
     pub fn new(exports: &'a Exports, tls: Tls, no_zeroes: bool) -> Self {
-        Self { exports, tls, no_zeroes, structured: false, selected: None }
+        Self { exports, tls, no_zeroes, structured: false, untold: false, selected: None }
     }
 
     /// What was settled, for transmission on `offer`.
     pub fn mode(&self, offer: &Offer) -> Mode {
         let same = |name: &String| *name == offer.export.name;
-        Mode { structured: self.structured, allocation: self.selected.as_ref().is_some_and(same) }
+        let allocation = self.selected.as_ref().is_some_and(same);
+        Mode { structured: self.structured, allocation, untold: self.untold }
     }
 
     /// Handles one option; appends its replies to `out`.
@@ -87,7 +90,7 @@ impl<'a> Negotiation<'a> {
         Next::More
     }
 
-    fn export_name(&self, data: &[u8], out: &mut Vec<u8>) -> Next {
+    fn export_name(&mut self, data: &[u8], out: &mut Vec<u8>) -> Next {
         let found = std::str::from_utf8(data).ok().and_then(|name| self.exports.find(name));
         let Some(offer) = found else { return Next::Drop("unknown export by EXPORT_NAME") };
         let device = offer.export.device.info();
@@ -96,6 +99,7 @@ impl<'a> Negotiation<'a> {
         if !self.no_zeroes {
             out.resize(out.len() + 124, 0);
         }
+        self.untold = true;
         Next::Enter(offer)
     }
 

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::ops::Range;
 
 use super::limits::COPY_REPLY;
 use super::socket::Socket;
@@ -15,8 +16,8 @@ const COMPACT: usize = 256 << 10;
 enum Piece {
     /// So many of `bytes`.
     Bytes(usize),
-    /// A slot, from the given byte on.
-    Slot(Slot, usize),
+    /// A slot, and which of its bytes.
+    Slot(Slot, Range<usize>),
 }
 
 /// The replies not yet taken by the socket.
@@ -47,16 +48,15 @@ impl Outbox {
         self.lengthen(bytes.len());
     }
 
-    /// Appends payload; takes the slot over.
-    pub fn push_payload(&mut self, slot: Slot, queue: &mut dyn Queue) {
-        if slot.len <= COPY_REPLY {
-            let bytes = queue.bytes(&slot);
-            self.bytes.extend_from_slice(bytes);
-            self.lengthen(slot.len as usize);
+    /// Appends the `wanted` bytes of a slot; takes the slot over.
+    pub fn push_payload(&mut self, slot: Slot, wanted: Range<usize>, queue: &mut dyn Queue) {
+        if wanted.len() <= COPY_REPLY {
+            self.bytes.extend_from_slice(&queue.bytes(&slot)[wanted.clone()]);
+            self.lengthen(wanted.len());
             queue.release(slot);
         } else {
-            self.pending += u64::from(slot.len);
-            self.pieces.push_back(Piece::Slot(slot, 0));
+            self.pending += wanted.len() as u64;
+            self.pieces.push_back(Piece::Slot(slot, wanted));
         }
     }
 
@@ -92,19 +92,19 @@ impl Outbox {
             Some(Piece::Slot(..)) | None => 0,
         };
         match (at(0), at(1)) {
-            (Some(Piece::Bytes(len)), Some(Piece::Slot(slot, from))) => {
+            (Some(Piece::Bytes(len)), Some(Piece::Slot(slot, wanted))) => {
                 let (before, behind) = rest.split_at(*len);
                 let behind = &behind[..after(2)];
-                let payload = &queue.bytes(slot)[*from..];
+                let payload = &queue.bytes(slot)[wanted.clone()];
                 let parts = [before, payload, behind].map(IoSlice::new);
                 socket.send_now(&parts)
             }
             (Some(Piece::Bytes(len)), Some(Piece::Bytes(_)) | None) => {
                 socket.send_now(&[IoSlice::new(&rest[..*len])])
             }
-            (Some(Piece::Slot(slot, from)), _) => {
+            (Some(Piece::Slot(slot, wanted)), _) => {
                 let behind = &rest[..after(1)];
-                let payload = &queue.bytes(slot)[*from..];
+                let payload = &queue.bytes(slot)[wanted.clone()];
                 socket.send_now(&[IoSlice::new(payload), IoSlice::new(behind)])
             }
             (None, _) => Ok(0),
@@ -123,11 +123,12 @@ impl Outbox {
                         self.pieces.push_front(Piece::Bytes(len - now));
                     }
                 }
-                Some(Piece::Slot(slot, from)) => {
-                    let now = (slot.len as usize - from).min(sent);
+                Some(Piece::Slot(slot, wanted)) => {
+                    let now = wanted.len().min(sent);
                     sent -= now;
-                    if from + now < slot.len as usize {
-                        self.pieces.push_front(Piece::Slot(slot, from + now));
+                    if now < wanted.len() {
+                        let later = wanted.start + now..wanted.end;
+                        self.pieces.push_front(Piece::Slot(slot, later));
                     } else {
                         queue.release(slot);
                     }

@@ -2,7 +2,7 @@
 
 use farshore_extent::Extent;
 
-use super::limits::MAX_REQUEST;
+use super::limits::{MAX_REQUEST, MAX_REQUEST_UNTOLD};
 use super::wire::{ErrorNumber, RawRequest, command, command_flag, export_flag};
 use crate::device::{DeviceInfo, MAX_PAYLOAD, check_request};
 
@@ -13,13 +13,29 @@ pub struct Mode {
     pub structured: bool,
     /// `base:allocation` was selected.
     pub allocation: bool,
+    /// The client was told no block sizes (EXPORT_NAME): reads may begin and end at any byte,
+    /// and requests may be larger than what others are told.
+    pub untold: bool,
+}
+
+impl Mode {
+    fn largest(self) -> u32 {
+        if self.untold { MAX_REQUEST_UNTOLD } else { MAX_REQUEST }
+    }
 }
 
 /// What is to be done about a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plan {
-    /// Read the extent.
-    Read(Extent),
+    /// Read the extent, of which the answer leaves out the first `skip` bytes and has `len`.
+    Read {
+        /// Where; whole blocks.
+        extent: Extent,
+        /// Bytes before the wanted ones.
+        skip: u32,
+        /// The wanted bytes.
+        len: u32,
+    },
     /// Write the payload that follows.
     Write {
         /// Where.
@@ -81,18 +97,18 @@ fn decide(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<Plan, Error
     let fua = raw.flags & command_flag::FUA != 0;
     match raw.command {
         command::READ => {
-            if raw.len > MAX_REQUEST {
+            if raw.len > mode.largest() {
                 return Err(ErrorNumber::INVAL);
             }
             let whole = raw.flags & command_flag::DF != 0;
             if whole && raw.len as usize > MAX_PAYLOAD {
                 return Err(ErrorNumber::OVERFLOW);
             }
-            Ok(range(raw, info, ErrorNumber::INVAL)?.map_or(Plan::Nothing, Plan::Read))
+            read(raw, info, mode)
         }
         command::WRITE => {
             writable(info)?;
-            if raw.len > MAX_REQUEST {
+            if raw.len > mode.largest() {
                 return Err(ErrorNumber::INVAL);
             }
             let extent = range(raw, info, ErrorNumber::NOSPC)?;
@@ -132,6 +148,21 @@ fn check_flags(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<(), Er
         _ => 0,
     };
     if raw.flags & !(fua | own) == 0 { Ok(()) } else { Err(ErrorNumber::INVAL) }
+}
+
+/// A read; widened to whole blocks for a client that was told no block sizes.
+fn read(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<Plan, ErrorNumber> {
+    let unit = u64::from(info.blocks.logical());
+    let mut wide = *raw;
+    if mode.untold && raw.len > 0 {
+        let end = raw.offset.checked_add(u64::from(raw.len)).ok_or(ErrorNumber::INVAL)?;
+        let stop = end.checked_next_multiple_of(unit).ok_or(ErrorNumber::INVAL)?;
+        wide.offset = raw.offset - raw.offset % unit;
+        wide.len = u32::try_from(stop - wide.offset).map_err(|_| ErrorNumber::INVAL)?;
+    }
+    let skip = u32::try_from(raw.offset - wide.offset).map_err(|_| ErrorNumber::INVAL)?;
+    let extent = range(&wide, info, ErrorNumber::INVAL)?;
+    Ok(extent.map_or(Plan::Nothing, |extent| Plan::Read { extent, skip, len: raw.len }))
 }
 
 fn writable(info: &DeviceInfo) -> Result<(), ErrorNumber> {
@@ -178,7 +209,7 @@ mod tests {
         RawRequest { flags, command, cookie: 1, offset, len }
     }
 
-    const ALL: Mode = Mode { structured: true, allocation: true };
+    const ALL: Mode = Mode { structured: true, allocation: true, untold: false };
 
     #[test]
     fn errors_are_the_ones_the_protocol_names() {
@@ -203,6 +234,21 @@ mod tests {
         assert_eq!(refused(ask(command::BLOCK_STATUS, 0, 0, 0)), ErrorNumber::INVAL);
         assert_eq!(refused(ask(99, 0, 0, 0)), ErrorNumber::INVAL);
         assert_eq!(refused(ask(command::WRITE, 1 << 4, 0, 512)), ErrorNumber::INVAL);
+    }
+
+    #[test]
+    fn clients_that_were_told_no_sizes_read_any_bytes_but_write_whole_blocks() {
+        let untold = Mode { untold: true, ..ALL };
+        let got = plan(&ask(command::READ, 0, 513, 1023), &disk(), untold);
+        let extent = Extent::new(512, 1024).unwrap();
+        assert_eq!(got, Plan::Read { extent, skip: 1, len: 1023 });
+        let end = disk().size.get();
+        for (offset, len) in [(end - 1, 2), (u64::MAX, 1), (u64::MAX - 1, 1)] {
+            let got = plan(&ask(command::READ, 0, offset, len), &disk(), untold);
+            assert_eq!(got, Plan::Refuse(ErrorNumber::INVAL));
+        }
+        let got = plan(&ask(command::WRITE, 0, 513, 512), &disk(), untold);
+        assert_eq!(got, Plan::Refuse(ErrorNumber::INVAL));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use super::request::{Mode, Plan, plan};
 use super::socket::{Received, Socket};
 use super::status::status_reply;
 use super::wire::{self, ErrorNumber, RawRequest, command};
-use crate::device::{Completion, Device, DeviceInfo, Queue, Slot};
+use crate::device::{Completion, Device, DeviceInfo, Queue};
 
 /// Why a turn took no more requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +106,8 @@ impl Transmission {
             let mut progress = self.reap();
             progress |= self.send();
             let idle = self.queue.in_flight() == 0 && self.outbox.is_empty();
+            // Answering may have ended the connection: then nothing more is received.
+            let next = if self.closed { Next::End } else { next };
             let again = match next {
                 Next::Group => true,
                 Next::Bytes => false,
@@ -172,7 +174,7 @@ impl Transmission {
             Plan::Zero { extent, fua, may_unmap } => {
                 self.begin_zero(raw.cookie, extent, fua, may_unmap);
             }
-            Plan::Read(extent) => self.begin_read(raw.cookie, extent),
+            Plan::Read { extent, skip, len } => self.begin_read(raw.cookie, extent, skip, len),
             Plan::Write { extent, fua } => self.begin_write(raw.cookie, extent, fua),
         }
     }
@@ -225,9 +227,11 @@ impl Transmission {
         match completion.slot {
             Some(slot) if failed || self.broken => self.queue.release(slot),
             Some(slot) if self.mode.structured => {
-                let (cookie, offset) = (job.cookie, job.piece_offset(piece));
-                let header = wire::data_chunk(cookie, last, offset, slot.len);
-                self.push_payload(&header, slot);
+                let wanted = job.wanted(piece, slot.len);
+                let len = u32::try_from(wanted.len()).unwrap_or(u32::MAX); // at most the slot
+                let offset = job.wanted_offset(piece);
+                self.outbox.push(&wire::data_chunk(job.cookie, last, offset, len));
+                self.outbox.push_payload(slot, wanted, &mut *self.queue);
                 if last {
                     self.outbox.replies += 1;
                     return self.jobs.close(index);
@@ -246,24 +250,37 @@ impl Transmission {
         }
         let job = self.jobs.get(index);
         let (cookie, kind, failed) = (job.cookie, job.kind, job.failed);
-        let mut held = std::mem::take(&mut job.held);
         if self.broken || failed.is_some() {
-            held.drain(..).for_each(|(_, slot)| self.queue.release(slot));
+            job.held.drain(..).for_each(|(_, slot)| self.queue.release(slot));
+        }
+        if failed.is_some() && job.committed {
+            debug!("a read failed after a part of it was sent: hanging up");
+            self.break_off();
         }
         if !self.broken {
-            self.push_end(cookie, kind == Kind::Read && self.mode.structured, failed);
-            held.sort_unstable_by_key(|(piece, _)| *piece);
-            held.drain(..).for_each(|(_, slot)| self.push_payload(&[], slot));
+            if failed.is_none() && kind == Kind::Read && !self.mode.structured {
+                self.push_held(index);
+            } else {
+                self.push_end(cookie, kind == Kind::Read && self.mode.structured, failed);
+            }
         }
-        self.jobs.get(index).held = held; // its room is used again
         self.jobs.close(index);
     }
 
-    fn push_payload(&mut self, header: &[u8], slot: Slot) {
-        if !header.is_empty() {
-            self.outbox.push(header);
+    /// Appends the pieces that a simple reply has held back, in order, after its header.
+    pub(super) fn push_held(&mut self, index: u32) {
+        let job = self.jobs.get(index);
+        let mut held = std::mem::take(&mut job.held);
+        if !std::mem::replace(&mut job.committed, true) {
+            self.outbox.push(&wire::simple_reply(job.cookie, None));
+            self.outbox.replies += 1;
         }
-        self.outbox.push_payload(slot, &mut *self.queue);
+        held.sort_unstable_by_key(|(piece, _)| *piece);
+        for (piece, slot) in held.drain(..) {
+            let wanted = self.jobs.get(index).wanted(piece, slot.len);
+            self.outbox.push_payload(slot, wanted, &mut *self.queue);
+        }
+        self.jobs.get(index).held = held; // its room is used again
     }
 
     /// Sends what the socket takes. Returns whether anything went out.
@@ -275,12 +292,17 @@ impl Transmission {
             Ok(any) => any,
             Err(error) => {
                 debug!(%error, "client gone with answers outstanding");
-                self.broken = true;
-                self.close_input();
-                self.outbox.clear(&mut *self.queue);
+                self.break_off();
                 true
             }
         }
+    }
+
+    /// Nothing is sent any more; what is in flight is only waited for.
+    fn break_off(&mut self) {
+        self.broken = true;
+        self.close_input();
+        self.outbox.clear(&mut *self.queue);
     }
 
     fn close_input(&mut self) {
@@ -297,6 +319,9 @@ impl Transmission {
         }
         let starved = next == Next::Starved && !busy;
         if starved {
+            if self.send_held() {
+                return;
+            }
             self.starved += 1;
             if self.starved > STARVED_TRIES {
                 self.starved = 0;

@@ -120,6 +120,13 @@ impl Client {
         matches!(self.stream.read(&mut [0]), Ok(0))
     }
 
+    /// How many bytes come before the server ends the stream.
+    pub fn rest(&mut self) -> usize {
+        let mut rest = Vec::new();
+        self.stream.read_to_end(&mut rest).unwrap();
+        rest.len()
+    }
+
     /// Sends an option and collects its replies: the last one's kind and all before it.
     pub fn ask(&mut self, option: u32, data: &[u8]) -> (u32, Vec<(u32, Vec<u8>)>) {
         self.say(&option_bytes(option, data));

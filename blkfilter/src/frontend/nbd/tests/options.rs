@@ -38,6 +38,9 @@ fn export_name_enters_without_zeroes_or_hangs_up() {
     let mut client = Client::greet(stream);
     client.say(&option_bytes(option::EXPORT_NAME, b"disk"));
     assert_eq!(client.take(10)[..8], (1u64 << 20).to_be_bytes());
+    // No block sizes were told: any bytes can be read.
+    assert_eq!(client.read(1, 1000), [0; 1000]);
+    assert_eq!(client.read((1 << 20) - 1, 1), [0; 1]);
     client.leave(server);
 
     let (stream, server) = served(&exports(ram(1 << 20)));

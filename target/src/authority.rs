@@ -60,7 +60,7 @@ impl Authority {
     /// Whatever is there stays, so a crash in the middle is mended by calling again.
     ///
     /// # Errors
-    /// FS-6002 and FS-6005.
+    /// FS-6502 and FS-6505.
     pub fn init(dir: &Path, names: &[String]) -> Result<(Self, bool), Problem> {
         durable_fs::create_private_dir(dir).map_err(|e| problem::file("create", dir, &e))?;
         let files = Files::of(dir);
@@ -90,7 +90,7 @@ impl Authority {
     /// Reads the authority that [`Self::init`] made.
     ///
     /// # Errors
-    /// FS-6001 when there is none, FS-6005 when a file is unusable.
+    /// FS-6501 when there is none, FS-6505 when a file is unusable.
     pub fn load(dir: &Path) -> Result<Self, Problem> {
         let files = Files::of(dir);
         if !files.ca.exists() {
@@ -141,8 +141,16 @@ impl Authority {
     /// certificate is made anew when it ends soon.
     ///
     /// # Errors
-    /// FS-6005.
+    /// FS-6505.
     pub fn server_tls(&self, names: &[String]) -> Result<Arc<rustls::ServerConfig>, Problem> {
+        self.tls(names, false)
+    }
+
+    fn tls(
+        &self,
+        names: &[String],
+        certificate_required: bool,
+    ) -> Result<Arc<rustls::ServerConfig>, Problem> {
         let files = Files::of(&self.dir);
         if self.server_ends_soon(&files.server) {
             self.make_server_certificate(names)?;
@@ -157,10 +165,10 @@ impl Authority {
         let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
             Arc::new(roots),
             Arc::clone(&provider),
-        )
-        .allow_unauthenticated()
-        .build()
-        .map_err(|e| bad(&e))?;
+        );
+        let verifier =
+            if certificate_required { verifier } else { verifier.allow_unauthenticated() };
+        let verifier = verifier.build().map_err(|e| bad(&e))?;
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|e| bad(&e))?
@@ -168,6 +176,14 @@ impl Authority {
             .with_single_cert(chain, key)
             .map_err(|e| bad(&e))?;
         Ok(Arc::new(config))
+    }
+
+    /// TLS of exported views: as [`Self::server_tls`], but a certificate of a host is required.
+    ///
+    /// # Errors
+    /// FS-6505.
+    pub fn export_tls(&self, names: &[String]) -> Result<Arc<rustls::ServerConfig>, Problem> {
+        self.tls(names, true)
     }
 
     fn make_server_certificate(&self, names: &[String]) -> Result<(), Problem> {
@@ -296,7 +312,7 @@ mod tests {
         assert_eq!(first.fingerprint(), second.fingerprint());
         std::fs::remove_file(dir.path().join("ca-key.pem")).unwrap();
         let lost = Authority::init(dir.path(), &[]).err().unwrap();
-        assert_eq!(lost.code.0, 6005, "a lost CA key is never replaced in silence");
+        assert_eq!(lost.code.0, 6505, "a lost CA key is never replaced in silence");
     }
 
     #[test]

@@ -92,7 +92,7 @@ impl Config {
     /// Reads `target.toml`.
     ///
     /// # Errors
-    /// FS-11xx when it cannot be understood, FS-6001 when there is none.
+    /// FS-11xx when it cannot be understood, FS-6501 when there is none.
     pub fn load(paths: &Paths) -> Result<Self, Problem> {
         let file = Self::file(paths);
         match std::fs::read_to_string(&file) {

@@ -40,7 +40,7 @@ pub struct InitReport {
 /// Sets a target up. Safe to repeat: what exists is kept, options of a repetition included.
 ///
 /// # Errors
-/// FS-6002, FS-6003, FS-6005, or FS-11xx for options or an existing configuration that cannot be
+/// FS-6502, FS-6503, FS-6505, or FS-11xx for options or an existing configuration that cannot be
 /// used.
 pub fn init(paths: &Paths, options: &InitOptions) -> Result<InitReport, Problem> {
     let file = Config::file(paths);

@@ -1,8 +1,8 @@
 //! The target: receives batches, journals them, keeps recovery points, opens them as views.
 //!
 //! `listener` accepts connections, a `session` speaks with one agent, one `worker` thread a
-//! volume owns its store and is the only writer; nothing is acknowledged before it is durable.
-//! The `catalogue` remembers points, hosts and tokens; `views` export points; `admin` serves the
+//! volume owns its [`store`] and is the only writer; nothing is acknowledged before it is durable.
+//! The [`catalogue`] remembers points, hosts and tokens; `views` export points; `admin` serves the
 //! command line.
 #![forbid(unsafe_code)]
 
@@ -10,9 +10,23 @@ pub mod authority;
 pub mod catalogue;
 pub mod config;
 pub mod problem;
+pub mod retention;
 pub mod store;
 
+mod admin;
+mod clock;
+mod daemon;
 mod durable_fs;
+mod enrol;
 mod init;
+mod listener;
+mod replica;
+mod session;
+mod status;
+mod upkeep;
+mod views;
+mod worker;
 
+pub use daemon::run;
 pub use init::{InitOptions, InitReport, init};
+pub use store::{inspect, inspect_segment};

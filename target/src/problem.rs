@@ -1,5 +1,5 @@
-//! Every problem the target tells a person, one function a cause. 50xx link and enrolment, 60xx
-//! the daemon and its volumes, 61xx points and views.
+//! Every problem the target tells a person, one function a cause. 50xx link and enrolment, 65xx
+//! the daemon and its volumes, 66xx points and views.
 
 use std::fmt::Display;
 use std::path::Path;
@@ -109,121 +109,121 @@ pub fn bad_request(why: impl Display) -> Problem {
     )
 }
 
-/// FS-6001: `target init` was not run.
+/// FS-6501: `target init` was not run.
 #[must_use]
 pub fn not_initialised(missing: &Path) -> Problem {
     Problem::harmless(
-        6001,
+        6501,
         "this target is not set up",
         format!("{} does not exist", missing.display()),
         "run farshore target init first",
     )
 }
 
-/// FS-6002: a file of the daemon's own.
+/// FS-6502: a file of the daemon's own.
 #[must_use]
 pub fn file(verb: &str, path: &Path, why: &dyn Display) -> Problem {
     Problem::harmless(
-        6002,
+        6502,
         format!("cannot {verb} {}", path.display()),
         why.to_string(),
         "check that the directory exists, has space, and belongs to the user of the daemon",
     )
 }
 
-/// FS-6003: the catalogue.
+/// FS-6503: the catalogue.
 #[must_use]
 pub fn catalogue(why: &dyn Display) -> Problem {
     Problem::harmless(
-        6003,
+        6503,
         "the catalogue cannot be read or written",
         why.to_string(),
         "check space and permissions of the data directory; points can be rebuilt from the journal",
     )
 }
 
-/// FS-6004: cannot listen.
+/// FS-6504: cannot listen.
 #[must_use]
 pub fn listen(address: &str, why: &dyn Display) -> Problem {
     Problem::harmless(
-        6004,
+        6504,
         format!("cannot listen on {address}"),
         why.to_string(),
         "choose another address in target.toml, or stop what uses it (ss -ltnp shows it)",
     )
 }
 
-/// FS-6005: a key or certificate.
+/// FS-6505: a key or certificate.
 #[must_use]
 pub fn certificate(path: &Path, why: &dyn Display) -> Problem {
     Problem::harmless(
-        6005,
+        6505,
         format!("the key or certificate {} cannot be used", path.display()),
         why.to_string(),
         "restore it from a backup; without the CA's key every host must be enrolled again",
     )
 }
 
-/// FS-6006: a second daemon on the same data.
+/// FS-6506: a second daemon on the same data.
 #[must_use]
 pub fn already_running(data: &Path) -> Problem {
     Problem::harmless(
-        6006,
+        6506,
         format!("the data directory {} is in use", data.display()),
         "another target daemon runs on it",
         "stop that one, or give this one a directory of its own",
     )
 }
 
-/// FS-6007: an answer of a task inside the daemon did not come.
+/// FS-6507: an answer of a task inside the daemon did not come.
 #[must_use]
 pub fn stopping() -> Problem {
     Problem::harmless(
-        6007,
+        6507,
         "the request was not carried out",
         "the daemon is stopping, or the volume was just closed",
         "try again when the daemon runs",
     )
 }
 
-/// FS-6010: the volume is another host's.
+/// FS-6510: the volume is another host's.
 #[must_use]
 pub fn other_hosts_volume(name: &VolumeName) -> Problem {
     Problem::harmless(
-        6010,
+        6510,
         format!("the volume {name} was refused: it belongs to another host"),
         "a volume can be sent only by the host that created its replica",
         "protect the disk under a new name on this host",
     )
 }
 
-/// FS-6011: the name is taken.
+/// FS-6511: the name is taken.
 #[must_use]
 pub fn name_taken(name: &VolumeName) -> Problem {
     Problem::harmless(
-        6011,
+        6511,
         format!("the volume {name} was refused: the name is in use on this target"),
         "another volume has this name, and names are how people choose what to recover",
         "protect the disk under another name",
     )
 }
 
-/// FS-6012: too many volumes.
+/// FS-6512: too many volumes.
 #[must_use]
 pub fn too_many_volumes(limit: usize) -> Problem {
     Problem::harmless(
-        6012,
+        6512,
         "the volume was refused: the host has too many",
         format!("the limit is {limit}"),
         "raise limits.volumes_per_host in target.toml",
     )
 }
 
-/// FS-6013: the source was fenced.
+/// FS-6513: the source was fenced.
 #[must_use]
 pub fn fenced(name: &VolumeName, own: Generation, theirs: Generation) -> Problem {
     Problem::harmless(
-        6013,
+        6513,
         format!("the volume {name} was refused: this source has been failed over"),
         format!("the replica is in generation {own}, the source in {theirs}"),
         "find out which side holds the data in use, then reverse or protect again",
@@ -231,11 +231,11 @@ pub fn fenced(name: &VolumeName, own: Generation, theirs: Generation) -> Problem
     .with_risk("writes made on this source since the failover are not on the replica")
 }
 
-/// FS-6014: the source claims a generation this replica never gave out.
+/// FS-6514: the source claims a generation this replica never gave out.
 #[must_use]
 pub fn unknown_generation(name: &VolumeName, own: Generation, theirs: Generation) -> Problem {
     Problem::harmless(
-        6014,
+        6514,
         format!("the volume {name} was refused: the source is ahead of this replica"),
         format!(
             "the replica is in generation {own}, the source in {theirs}: this is an old copy of the target's data"
@@ -244,11 +244,11 @@ pub fn unknown_generation(name: &VolumeName, own: Generation, theirs: Generation
     )
 }
 
-/// FS-6020: the store of a volume has failed and must be opened again.
+/// FS-6520: the store of a volume has failed and must be opened again.
 #[must_use]
 pub fn store(name: &VolumeName, why: &dyn Display) -> Problem {
     Problem::harmless(
-        6020,
+        6520,
         format!("the replica of {name} cannot be written or read"),
         why.to_string(),
         "check disk space and the kernel log, then restart the target daemon",
@@ -256,66 +256,66 @@ pub fn store(name: &VolumeName, why: &dyn Display) -> Problem {
     .with_risk("nothing acknowledged is lost; new writes wait on the source")
 }
 
-/// FS-6030: no such volume.
+/// FS-6530: no such volume.
 #[must_use]
 pub fn no_volume(name: &VolumeName) -> Problem {
     Problem::harmless(
-        6030,
+        6530,
         format!("there is no volume {name} on this target"),
         "no source has opened a volume of that name",
         "farshore status lists the volumes",
     )
 }
 
-/// FS-6101: no such point.
+/// FS-6601: no such point.
 #[must_use]
 pub fn no_point(name: &VolumeName, wanted: &str) -> Problem {
     Problem::harmless(
-        6101,
+        6601,
         format!("{name} has no point {wanted}"),
         "it was never cut, has expired, or lies where the order of writes was lost",
         format!("farshore point list {name} shows what is kept"),
     )
 }
 
-/// FS-6102: no such view.
+/// FS-6602: no such view.
 #[must_use]
 pub fn no_view(view: &dyn Display) -> Problem {
     Problem::harmless(
-        6102,
+        6602,
         format!("there is no open view {view}"),
         "it was closed, or the daemon was restarted",
         "farshore failover list shows the open ones",
     )
 }
 
-/// FS-6103: too many views.
+/// FS-6603: too many views.
 #[must_use]
 pub fn too_many_views(limit: usize) -> Problem {
     Problem::harmless(
-        6103,
+        6603,
         "the view was not opened: too many are open",
         format!("the limit is {limit}"),
         "close one (farshore failover cleanup), or raise limits.views in target.toml",
     )
 }
 
-/// FS-6104: the export could not be made.
+/// FS-6604: the export could not be made.
 #[must_use]
 pub fn export(why: &dyn Display) -> Problem {
     Problem::harmless(
-        6104,
+        6604,
         "the view cannot be exported",
         why.to_string(),
         "check the run directory and the address, and try again",
     )
 }
 
-/// FS-6105: a point could not be tagged.
+/// FS-6605: a point could not be tagged.
 #[must_use]
 pub fn not_tagged(why: impl Into<String>) -> Problem {
     Problem::harmless(
-        6105,
+        6605,
         "the point was not made",
         why,
         "farshore status shows the state of the volumes; try again when they are protected",

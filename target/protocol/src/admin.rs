@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 pub enum TargetRequest {
     /// Every replica.
     Status,
-    /// Points of a volume, newest first; at most `limit`, 0 is all.
+    /// Points of a volume, newest first; at most `limit`, 0 is all that fit (see
+    /// [`TargetRequest::PointsBefore`]).
     Points {
         /// Which.
         volume: VolumeName,
@@ -64,6 +65,16 @@ pub enum TargetRequest {
     /// The event log, newest first.
     Events {
         /// At most so many.
+        limit: u32,
+    },
+    /// As `Points`, from the newest one before a place on: an answer holds only as many as fit
+    /// one message (at least 4000), so a full list is asked for in pieces.
+    PointsBefore {
+        /// Which.
+        volume: VolumeName,
+        /// Place of the last point of the piece before.
+        before: Lsn,
+        /// At most so many, 0 is all that fit.
         limit: u32,
     },
 }

@@ -10,6 +10,9 @@ use farshore_extent::{
 };
 use serde::{Deserialize, Serialize};
 
+/// Most bytes in the name tag of a point.
+pub const MAX_TAG_NAME: usize = farshore_changelog::limits::MAX_MARKER_NAME;
+
 /// Agent to target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromAgent {

@@ -189,6 +189,9 @@ pub trait Catalogue: Send {
     /// `note` is what was learnt.
     fn close_view(&mut self, view: ViewId, at: WallTime, note: &str) -> Result<(), CatalogueError>;
 
+    /// When a view of the volume was last closed.
+    fn last_drill(&self, volume: VolumeId) -> Result<Option<WallTime>, CatalogueError>;
+
     fn add_event(&mut self, event: &EventRow) -> Result<(), CatalogueError>;
     /// Newest first; `limit` 0 is all that are kept.
     fn events(&self, limit: u32) -> Result<Vec<EventRow>, CatalogueError>;

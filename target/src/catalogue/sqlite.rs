@@ -362,6 +362,13 @@ impl Catalogue for SqliteCatalogue {
         Ok(())
     }
 
+    fn last_drill(&self, volume: VolumeId) -> Result<Option<WallTime>, CatalogueError> {
+        let sql = "SELECT max(closed) FROM views WHERE volume = ?";
+        let closed: Option<i64> =
+            self.db.prepare_cached(sql)?.query_row([volume.to_bytes()], |row| row.get(0))?;
+        Ok(closed.map(WallTime::from_nanos))
+    }
+
     fn add_event(&mut self, event: &EventRow) -> Result<(), CatalogueError> {
         let step = self.db.transaction()?;
         step.execute(

@@ -1,0 +1,111 @@
+//! One replica as the rest of the daemon sees it: its queue, and the facts its worker publishes.
+//!
+//! Decides nothing about data: the worker does, alone.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use farshore_extent::{CaptureOrder, Lsn, Problem, VolumeId, VolumeName};
+use farshore_protocol::message::VolumeReport;
+use tokio::sync::{mpsc, watch};
+
+use crate::catalogue::{PointSummary, VolumeRow};
+use crate::session::SessionId;
+use crate::worker::Work;
+
+/// What is known about a replica now.
+#[derive(Debug, Clone)]
+pub(crate) struct Facts {
+    /// Name, host, size and settings, as in the catalogue.
+    pub(crate) row: VolumeRow,
+    /// The session that sends it.
+    pub(crate) session: Option<SessionId>,
+    /// What the source said last, and when.
+    pub(crate) report: Option<(VolumeReport, Instant)>,
+    /// Last durable place.
+    pub(crate) durable: Lsn,
+    /// Oldest place that can be opened.
+    pub(crate) floor: Lsn,
+    /// Whether the journal's end is in an ordered stretch.
+    pub(crate) order: CaptureOrder,
+    /// Bytes of journal on disk.
+    pub(crate) journal_bytes: u64,
+    /// Points kept.
+    pub(crate) points: PointSummary,
+    /// Views open.
+    pub(crate) views: u32,
+    /// Why it does not work; none when it does.
+    pub(crate) problem: Option<Problem>,
+}
+
+/// A replica.
+pub(crate) struct Replica {
+    pub(crate) volume: VolumeId,
+    queue: mpsc::Sender<Work>,
+    facts: Mutex<Facts>,
+    /// Markers up to here are points in the catalogue, or never will be.
+    points_upto: watch::Sender<Lsn>,
+}
+
+impl Replica {
+    pub(crate) fn new(row: VolumeRow, queue: mpsc::Sender<Work>) -> Arc<Self> {
+        Arc::new(Self {
+            volume: row.volume,
+            queue,
+            points_upto: watch::Sender::new(Lsn::ZERO),
+            facts: Mutex::new(Facts {
+                row,
+                session: None,
+                report: None,
+                durable: Lsn::ZERO,
+                floor: Lsn::ZERO,
+                order: CaptureOrder::CatchUp,
+                journal_bytes: 0,
+                points: PointSummary::default(),
+                views: 0,
+                problem: None,
+            }),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A copy of what is known now.
+    pub(crate) fn facts(&self) -> Facts {
+        self.lock().clone()
+    }
+
+    /// Its name now.
+    pub(crate) fn name(&self) -> VolumeName {
+        self.lock().row.name.clone()
+    }
+
+    /// Publishes something new.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut self.lock());
+    }
+
+    /// Gives the worker something to do; waits while its queue is full. `false`: it has ended.
+    pub(crate) async fn send(&self, work: Work) -> bool {
+        self.queue.send(work).await.is_ok()
+    }
+
+    /// As [`Self::send`], from a thread that may block.
+    pub(crate) fn send_blocking(&self, work: Work) -> bool {
+        self.queue.blocking_send(work).is_ok()
+    }
+
+    /// All markers up to `lsn` were looked at.
+    pub(crate) fn points_reach(&self, lsn: Lsn) {
+        self.points_upto.send_replace(lsn);
+    }
+
+    /// Waits until all markers up to `lsn` are points, or never will be.
+    pub(crate) async fn wait_for_points(&self, lsn: Lsn) {
+        let mut upto = self.points_upto.subscribe();
+        // The sender lives in self, so this ends only with the value.
+        let _ = upto.wait_for(|reached| *reached >= lsn).await;
+    }
+}

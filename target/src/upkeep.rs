@@ -1,0 +1,77 @@
+//! What happens without anybody asking: replicas are reported to their sources, points expire,
+//! the clock of retention is saved.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use farshore_extent::{Problem, WallTime};
+use farshore_protocol::message::FromTarget;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::daemon::{Daemon, blocking};
+use crate::replica::Replica;
+use crate::retention;
+use crate::worker::Work;
+
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+const EXPIRE_EVERY: Duration = Duration::from_secs(10);
+
+/// Runs until the daemon stops.
+pub(crate) async fn keep(daemon: Arc<Daemon>) {
+    let mut report = interval(REPORT_EVERY);
+    let mut expire = interval(EXPIRE_EVERY);
+    report.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    expire.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = daemon.stopped() => return,
+            _ = report.tick() => report_all(&daemon),
+            _ = expire.tick() => {
+                if let Err(problem) = blocking(&daemon, expire_all).await {
+                    tracing::warn!(why = problem.why, "{problem}");
+                }
+            }
+        }
+    }
+}
+
+/// Tells every connected source what its replicas hold.
+fn report_all(daemon: &Daemon) {
+    for replica in daemon.replicas() {
+        let facts = replica.facts();
+        let session = daemon.sessions.get(facts.row.host).filter(|s| facts.session == Some(s.id));
+        if let Some(session) = session {
+            session.outbox.send(FromTarget::Replica {
+                volume: replica.volume,
+                points: facts.points.count,
+                newest_point: facts.points.newest.unwrap_or(WallTime::from_nanos(0)),
+                oldest_point: facts.points.oldest.unwrap_or(WallTime::from_nanos(0)),
+            });
+        }
+    }
+}
+
+fn expire_all(daemon: &Daemon) -> Result<(), Problem> {
+    daemon.catalogue.lock().set_age(daemon.clock.now())?;
+    for replica in daemon.replicas() {
+        expire_points(daemon, &replica)?;
+    }
+    Ok(())
+}
+
+/// Rows first, then the journal: a crash in between leaves journal that the next round frees,
+/// never a row whose data is gone. Open views are pinned by the store itself.
+fn expire_points(daemon: &Daemon, replica: &Replica) -> Result<(), Problem> {
+    let points = daemon.catalogue.lock().points(replica.volume, 0)?;
+    let window = daemon.config.retention.duration();
+    let expiry = retention::expire(&points, daemon.clock.now(), window);
+    if expiry.drop.is_empty() {
+        return Ok(());
+    }
+    daemon.catalogue.lock().drop_points(&expiry.drop)?;
+    if let Some(floor) = expiry.floor {
+        replica.send_blocking(Work::Retain { floor });
+    }
+    replica.send_blocking(Work::Recount);
+    Ok(())
+}

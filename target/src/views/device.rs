@@ -1,0 +1,322 @@
+//! A view as a block device: the bytes of a recovery point under a private scratch.
+//!
+//! Every request is carried out in `submit`; the reads of a point go through the store's caches.
+//! A view does not outlive the daemon, so FLUSH and FUA have nothing to add: what was written is
+//! there as long as the view is.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use farshore_blkfilter::device::{
+    Completion, Device, DeviceError, DeviceInfo, MAX_PAYLOAD, Queue, Request, Slot, SlotUse, Tag,
+};
+use farshore_extent::{BlockSizes, Extent, VolumeSize};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::scratch::{Place, Scratch, ScratchError};
+
+/// Most bytes of reserved slots of one queue: the largest client request (32 MiB) fits twice.
+const QUEUE_BYTES: usize = 64 << 20;
+/// Idle buffers that a queue keeps.
+const SPARES: usize = 32;
+
+/// Why the bytes of a point could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct PointReadError(pub(crate) String);
+
+/// The bytes of a recovery point: the store's reader, or a test's.
+pub(crate) trait PointBytes: Send + Sync + 'static {
+    /// Size of the volume at the point.
+    fn size(&self) -> VolumeSize;
+    /// Its block sizes.
+    fn blocks(&self) -> BlockSizes;
+    /// Fills `out` with the bytes from `offset` on.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError>;
+}
+
+/// See the module.
+pub(crate) struct ViewDevice {
+    name: String,
+    point: Box<dyn PointBytes>,
+    scratch: Scratch,
+}
+
+impl ViewDevice {
+    pub(super) fn new(name: String, point: Box<dyn PointBytes>, scratch: Scratch) -> Self {
+        Self { name, point, scratch }
+    }
+
+    /// Bytes written to the view.
+    pub(super) fn used(&self) -> u64 {
+        self.scratch.used()
+    }
+
+    /// Most bytes that may be written to it.
+    pub(super) const fn quota(&self) -> u64 {
+        self.scratch.quota()
+    }
+
+    fn read(&self, extent: Extent, out: &mut [u8]) -> Result<(), DeviceError> {
+        for (piece, place) in self.scratch.places(extent) {
+            let (from, to) =
+                (index(piece.offset() - extent.offset()), index(piece.end() - extent.offset()));
+            let out = out.get_mut(from..to).ok_or(DeviceError::Invalid)?;
+            let read = match place {
+                Place::Zero => {
+                    out.fill(0);
+                    Ok(())
+                }
+                Place::Scratch => self
+                    .scratch
+                    .read(piece.offset(), out)
+                    .map_err(|e| PointReadError(e.to_string())),
+                Place::Point => self.point.read(piece.offset(), out),
+            };
+            if let Err(error) = read {
+                tracing::error!(view = self.name, %piece, %error, "a view cannot be read");
+                return Err(DeviceError::Io);
+            }
+        }
+        Ok(())
+    }
+
+    fn taken(&self, written: Result<(), ScratchError>) -> Result<(), DeviceError> {
+        written.map_err(|error| {
+            tracing::warn!(view = self.name, %error, "a write to a view failed");
+            match error {
+                ScratchError::Full => DeviceError::NoSpace,
+                ScratchError::Io(_) => DeviceError::Io,
+            }
+        })
+    }
+}
+
+/// Offsets within one request fit memory.
+fn index(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+impl Device for ViewDevice {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            size: self.point.size(),
+            blocks: self.point.blocks(),
+            read_only: false,
+            zeroes: true,
+            volatile_cache: true,
+        }
+    }
+
+    fn open_queue(self: Arc<Self>) -> Result<Box<dyn Queue>, DeviceError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_flags(flags).map_err(|_| DeviceError::NoMemory)?;
+        Ok(Box::new(ViewQueue {
+            device: self,
+            wake,
+            finished: Vec::new(),
+            buffers: Vec::new(),
+            free: Vec::new(),
+            spares: Vec::new(),
+            reserved: 0,
+        }))
+    }
+}
+
+struct ViewQueue {
+    device: Arc<ViewDevice>,
+    /// Readable while completions wait.
+    wake: EventFd,
+    finished: Vec<Completion>,
+    /// By key of the slot.
+    buffers: Vec<Option<Vec<u8>>>,
+    free: Vec<usize>,
+    spares: Vec<Vec<u8>>,
+    /// Bytes in reserved slots.
+    reserved: usize,
+}
+
+impl ViewQueue {
+    fn take(&mut self, slot: &Slot) -> Vec<u8> {
+        let key = usize::try_from(slot.key).unwrap_or(usize::MAX);
+        self.buffers.get_mut(key).and_then(Option::take).unwrap_or_default()
+    }
+
+    fn put(&mut self, slot: &Slot, buffer: Vec<u8>) {
+        let key = usize::try_from(slot.key).unwrap_or(usize::MAX);
+        if let Some(place) = self.buffers.get_mut(key) {
+            *place = Some(buffer);
+        }
+    }
+
+    fn perform(&mut self, request: Request) -> (Result<(), DeviceError>, Option<Slot>) {
+        match request {
+            Request::Read { extent, slot } => {
+                let mut buffer = self.take(&slot);
+                let result = self.device.read(extent, &mut buffer);
+                self.put(&slot, buffer);
+                (result, Some(slot))
+            }
+            Request::Write { extent, slot, fua: _ } => {
+                let result = match self.bytes(&slot) {
+                    bytes if bytes.len() as u64 == extent.len() => Ok(()),
+                    _ => Err(DeviceError::Invalid),
+                };
+                let buffer = self.take(&slot);
+                let result = result
+                    .and_then(|()| self.device.taken(self.device.scratch.write(extent, &buffer)));
+                self.put(&slot, buffer);
+                self.release(slot);
+                (result, None)
+            }
+            Request::Zero { extent, fua: _, may_unmap: _ } => {
+                (self.device.taken(self.device.scratch.zero(extent)), None)
+            }
+            Request::Flush => (Ok(()), None),
+        }
+    }
+}
+
+impl Queue for ViewQueue {
+    fn reserve(&mut self, len: u32, _purpose: SlotUse) -> Result<Slot, DeviceError> {
+        let size = len as usize;
+        if size == 0 || size > MAX_PAYLOAD {
+            return Err(DeviceError::Invalid);
+        }
+        if self.reserved + size > QUEUE_BYTES {
+            return Err(DeviceError::NoMemory);
+        }
+        let mut buffer = self.spares.pop().unwrap_or_default();
+        buffer.resize(size, 0);
+        self.reserved += size;
+        let key = self.free.pop().unwrap_or_else(|| {
+            self.buffers.push(None);
+            self.buffers.len() - 1
+        });
+        self.buffers[key] = Some(buffer);
+        Ok(Slot { key: key as u64, len })
+    }
+
+    fn bytes(&mut self, slot: &Slot) -> &mut [u8] {
+        let key = usize::try_from(slot.key).unwrap_or(usize::MAX);
+        self.buffers.get_mut(key).and_then(Option::as_mut).map_or(&mut [], Vec::as_mut_slice)
+    }
+
+    fn release(&mut self, slot: Slot) {
+        let key = usize::try_from(slot.key).unwrap_or(usize::MAX);
+        let Some(buffer) = self.buffers.get_mut(key).and_then(Option::take) else { return };
+        self.reserved -= buffer.len();
+        self.free.push(key);
+        if self.spares.len() < SPARES {
+            self.spares.push(buffer);
+        }
+    }
+
+    fn submit(&mut self, tag: Tag, request: Request) {
+        let (result, slot) = self.perform(request);
+        self.finished.push(Completion { tag, result, slot });
+        // Cannot fail: the counter is far from full.
+        let _ = self.wake.write(1);
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        if !self.finished.is_empty() {
+            // Cannot fail: the counter is above zero, so nothing blocks.
+            let _ = self.wake.read();
+        }
+        out.append(&mut self.finished);
+    }
+
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.finished.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Pattern(VolumeSize);
+
+    impl PointBytes for Pattern {
+        fn size(&self) -> VolumeSize {
+            self.0
+        }
+        fn blocks(&self) -> BlockSizes {
+            BlockSizes::E512
+        }
+        fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError> {
+            if offset == 4096 {
+                return Err(PointReadError("planted".into()));
+            }
+            out.fill(0xAB);
+            Ok(())
+        }
+    }
+
+    fn view(quota: u64) -> Box<dyn Queue> {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = Scratch::create(dir.path(), "s", quota).unwrap();
+        let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
+        Arc::new(ViewDevice::new("v".into(), point, scratch)).open_queue().unwrap()
+    }
+
+    fn extent(offset: u64, len: u64) -> Extent {
+        Extent::new(offset, len).unwrap()
+    }
+
+    fn done(queue: &mut dyn Queue, request: Request) -> Completion {
+        queue.submit(Tag(7), request);
+        let mut out = Vec::new();
+        queue.reap(&mut out);
+        assert_eq!((out.len(), queue.in_flight()), (1, 0));
+        out.pop().unwrap()
+    }
+
+    fn write(queue: &mut dyn Queue, extent: Extent, value: u8) -> Result<(), DeviceError> {
+        let slot = queue.reserve(u32::try_from(extent.len()).unwrap(), SlotUse::Write).unwrap();
+        queue.bytes(&slot).fill(value);
+        done(queue, Request::Write { extent, slot, fua: true }).result
+    }
+
+    fn read(queue: &mut dyn Queue, extent: Extent) -> Result<Vec<u8>, DeviceError> {
+        let slot = queue.reserve(u32::try_from(extent.len()).unwrap(), SlotUse::Read).unwrap();
+        let completion = done(queue, Request::Read { extent, slot });
+        let slot = completion.slot.unwrap();
+        let bytes = queue.bytes(&slot).to_vec();
+        queue.release(slot);
+        completion.result.map(|()| bytes)
+    }
+
+    #[test]
+    fn writes_and_zeroes_lie_over_the_point_and_nothing_else_changes() {
+        let mut view = view(1 << 20);
+        write(&mut *view, extent(512, 512), 1).unwrap();
+        let zero = Request::Zero { extent: extent(1024, 512), fua: false, may_unmap: true };
+        done(&mut *view, zero).result.unwrap();
+        let bytes = read(&mut *view, extent(0, 2048)).unwrap();
+        let firsts: Vec<u8> = bytes.chunks(512).map(|c| c[0]).collect();
+        assert_eq!(firsts, [0xAB, 1, 0, 0xAB]);
+        assert!(done(&mut *view, Request::Flush).result.is_ok());
+    }
+
+    #[test]
+    fn a_full_scratch_fails_writes_and_still_reads() {
+        let mut view = view(1024);
+        write(&mut *view, extent(0, 1024), 1).unwrap();
+        assert_eq!(write(&mut *view, extent(2048, 512), 1), Err(DeviceError::NoSpace));
+        assert_eq!(read(&mut *view, extent(2048, 512)).unwrap()[0], 0xAB);
+    }
+
+    #[test]
+    fn a_damaged_place_is_an_error_and_never_wrong_bytes() {
+        let mut view = view(1 << 20);
+        assert_eq!(read(&mut *view, extent(4096, 512)), Err(DeviceError::Io));
+        write(&mut *view, extent(4096, 512), 3).unwrap();
+        assert_eq!(read(&mut *view, extent(4096, 512)).unwrap()[0], 3);
+    }
+}

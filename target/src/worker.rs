@@ -1,0 +1,528 @@
+//! One thread a volume: the only owner of its store.
+//!
+//! Takes what waits in the queue, appends all of it, makes it durable with one commit, and only
+//! then acknowledges; while it commits, the next batches gather. Moves the watermark `journaled`.
+//! Turns markers that became points into rows of the catalogue. Never talks to a network.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use farshore_changelog::RawBatch;
+use farshore_extent::{Lsn, Problem, VolumeName, WallTime};
+use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::catalogue::{NewPoint, SharedCatalogue};
+use crate::daemon::AgeClock;
+use crate::problem;
+use crate::replica::Replica;
+use crate::session::verdict::{Decision, FIRST_GENERATION, Position, decide};
+use crate::session::{Outbox, SessionId, VerifiedBatch};
+use crate::store::{
+    AppendError, Committed, FileDisk, PointReader, RecoveryReport, Store, StoreConfig, StoreError,
+    StoreEvent, StoreMeta,
+};
+
+/// Something for a worker to do, in the order in which it was sent.
+pub(crate) enum Work {
+    /// A session wants to send the volume.
+    Open { session: SessionId, outbox: Arc<Outbox>, open: OpenVolume },
+    /// A batch of the session that has it open.
+    Batch { session: SessionId, batch: VerifiedBatch },
+    /// A batch was damaged on the way.
+    Damaged { session: SessionId, why: String },
+    /// The session has ended or closed the volume.
+    Detach { session: SessionId },
+    /// Open a place for reading.
+    View { at: Place, reply: oneshot::Sender<Result<(PointReader, WallTime), Problem>> },
+    /// Points before this place have expired.
+    Retain { floor: Lsn },
+    /// Points were dropped: count them again.
+    Recount,
+    /// End.
+    Stop,
+}
+
+/// Which place of the history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Exactly this one.
+    At(Lsn),
+    /// The last one captured at or before this time.
+    Time(WallTime),
+}
+
+/// Points that could not be recorded yet; beyond this many they wait for the next start.
+const MAX_UNRECORDED: usize = 10_000;
+
+/// A running worker.
+pub(crate) struct WorkerThread(JoinHandle<()>);
+
+impl WorkerThread {
+    /// Waits for its end; send [`Work::Stop`] first.
+    pub(crate) fn join(self) {
+        if self.0.join().is_err() {
+            tracing::error!("a volume's worker has panicked");
+        }
+    }
+}
+
+/// Starts the worker of `replica`, whose store is in `dir` (made when it is not there).
+pub(crate) fn spawn(
+    dir: PathBuf,
+    replica: Arc<Replica>,
+    queue: mpsc::Receiver<Work>,
+    catalogue: SharedCatalogue,
+    clock: Arc<AgeClock>,
+) -> Result<WorkerThread, Problem> {
+    let name = replica.name();
+    let worker = Worker {
+        dir,
+        replica,
+        catalogue,
+        clock,
+        store: None,
+        sender: None,
+        unrecorded: Vec::new(),
+        expiring: None,
+    };
+    let thread = std::thread::Builder::new().name(format!("volume-{name}"));
+    let thread = thread.spawn(move || worker.run(queue));
+    thread.map(WorkerThread).map_err(|e| problem::store(&name, &e))
+}
+
+/// The session that sends the volume.
+struct Sender {
+    session: SessionId,
+    outbox: Arc<Outbox>,
+    /// False after a batch that did not fit: what follows it is dropped until the next open.
+    accepting: bool,
+    /// A duplicate came: acknowledge even when nothing new is durable.
+    owes_ack: bool,
+}
+
+struct Worker {
+    dir: PathBuf,
+    replica: Arc<Replica>,
+    catalogue: SharedCatalogue,
+    clock: Arc<AgeClock>,
+    /// None: it failed, and is opened again when the source opens the volume.
+    store: Option<Store>,
+    sender: Option<Sender>,
+    unrecorded: Vec<NewPoint>,
+    /// Expiry up to this place goes on whenever there is nothing else to do.
+    expiring: Option<Lsn>,
+}
+
+impl Worker {
+    fn run(mut self, mut queue: mpsc::Receiver<Work>) {
+        self.open_store();
+        while let Some(work) = self.next(&mut queue) {
+            let mut going = self.take(work);
+            // All that has gathered while the last commit was written.
+            while going && let Ok(work) = queue.try_recv() {
+                going = self.take(work);
+            }
+            self.commit();
+            if !going {
+                return;
+            }
+        }
+    }
+
+    /// The next thing to do; expiry fills the time until there is one.
+    fn next(&mut self, queue: &mut mpsc::Receiver<Work>) -> Option<Work> {
+        while self.expiring.is_some() {
+            match queue.try_recv() {
+                Ok(work) => return Some(work),
+                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Err(mpsc::error::TryRecvError::Empty) => self.expire_step(),
+            }
+        }
+        queue.blocking_recv()
+    }
+
+    /// False: end.
+    fn take(&mut self, work: Work) -> bool {
+        match work {
+            Work::Open { session, outbox, open } => self.open(session, outbox, &open),
+            Work::Batch { session, batch } => {
+                if self.accepts(session) {
+                    self.batch(&batch);
+                }
+            }
+            Work::Damaged { session, why } => {
+                if self.accepts(session) {
+                    self.reopen(&why);
+                }
+            }
+            Work::Detach { session } => self.detach(session),
+            Work::View { at, reply } => {
+                self.commit();
+                let view = self.view(at);
+                // Who asked may have gone.
+                let _ = reply.send(view);
+            }
+            Work::Retain { floor } => self.expiring = self.expiring.max(Some(floor)),
+            Work::Recount => self.recount(),
+            Work::Stop => return false,
+        }
+        true
+    }
+
+    fn name(&self) -> VolumeName {
+        self.replica.name()
+    }
+
+    fn accepts(&self, session: SessionId) -> bool {
+        self.sender.as_ref().is_some_and(|s| s.session == session && s.accepting)
+    }
+
+    fn open(&mut self, session: SessionId, outbox: Arc<Outbox>, open: &OpenVolume) {
+        self.commit();
+        if self.store.is_none() {
+            self.open_store();
+        }
+        let refuse = |problem: Problem, retry| {
+            let volume = Some(open.volume);
+            outbox.send(FromTarget::Refused { volume, problem, retry });
+        };
+        let Some(store) = &mut self.store else {
+            let stopped = || problem::store(&open.name, &"it was not opened");
+            return refuse(self.replica.facts().problem.unwrap_or_else(stopped), true);
+        };
+        // An older sender's rest is not waited for: the new one begins at what is durable.
+        store.forget_uncommitted();
+        let at = store.position();
+        let own = Position { generation: at.generation, lsn: at.durable, chain: at.chain };
+        let source =
+            Position { generation: open.generation, lsn: open.acked, chain: open.acked_chain };
+        let verdict = match decide(source, own) {
+            Decision::Continue | Decision::SkipAhead => Verdict::Continue,
+            lost @ (Decision::RecopyLost | Decision::RecopyUnknownHistory) => {
+                let text = format!(
+                    "the source copies everything again ({lost:?}): it was acknowledged up to {}, the replica is at {}",
+                    open.acked, at.durable
+                );
+                self.catalogue.note(3001, Some(&open.name), text);
+                Verdict::Recopy
+            }
+            Decision::Fenced => {
+                let fenced = problem::fenced(&open.name, at.generation, open.generation);
+                self.catalogue.note(fenced.code.0, Some(&open.name), fenced.what.clone());
+                return refuse(fenced, false);
+            }
+            Decision::TargetIsOld => {
+                let old = problem::unknown_generation(&open.name, at.generation, open.generation);
+                self.catalogue.note(old.code.0, Some(&open.name), old.what.clone());
+                return refuse(old, false);
+            }
+        };
+        outbox.send(FromTarget::Opened(Opened {
+            volume: open.volume,
+            generation: at.generation,
+            durable: at.durable,
+            chain: at.chain,
+            verdict,
+            point_interval_ms: self.replica.facts().row.point_interval_ms,
+        }));
+        self.sender = Some(Sender { session, outbox, accepting: true, owes_ack: false });
+        self.replica.update(|facts| {
+            facts.session = Some(session);
+            facts.report = None;
+            facts.problem = None;
+        });
+    }
+
+    fn detach(&mut self, session: SessionId) {
+        if self.sender.as_ref().is_some_and(|s| s.session == session) {
+            self.commit();
+            self.sender = None;
+            self.replica.update(|facts| {
+                facts.session = None;
+                facts.report = None;
+            });
+        }
+    }
+
+    fn batch(&mut self, batch: &VerifiedBatch) {
+        // Verified by the session; this only finds the tables again.
+        let Ok(checked) = RawBatch::parse(batch.bytes()).and_then(RawBatch::check_without_chain)
+        else {
+            return self.reopen("a batch changed in memory");
+        };
+        let Some(store) = &mut self.store else { return };
+        let mut taken = store.append(checked);
+        if matches!(taken, Err(AppendError::GroupFull)) {
+            self.commit();
+            let Some(store) = &mut self.store else { return };
+            taken = store.append(checked);
+        }
+        match taken {
+            Ok(()) => {}
+            Err(AppendError::Duplicate { .. }) => {
+                if let Some(sender) = &mut self.sender {
+                    sender.owes_ack = true;
+                }
+            }
+            Err(
+                error @ (AppendError::Gap { .. }
+                | AppendError::Diverged { .. }
+                | AppendError::EpochBack { .. }),
+            ) => self.reopen(&error.to_string()),
+            Err(AppendError::Fenced { batch, own }) => {
+                self.refuse(problem::fenced(&self.name(), own, batch), false);
+            }
+            Err(AppendError::Ahead { batch, own }) => {
+                self.refuse(problem::unknown_generation(&self.name(), own, batch), false);
+            }
+            Err(
+                error @ (AppendError::WrongVolume(_)
+                | AppendError::Outside { .. }
+                | AppendError::Sealed),
+            ) => self.refuse(problem::violation(error), false),
+            Err(error @ (AppendError::GroupFull | AppendError::Poisoned { .. })) => {
+                self.fail(problem::store(&self.name(), &error));
+            }
+        }
+    }
+
+    /// The source is to say again where it is. What it has sent meanwhile is dropped.
+    fn reopen(&mut self, why: &str) {
+        self.commit();
+        let volume = self.replica.volume;
+        if let Some(sender) = &mut self.sender {
+            tracing::info!(volume = %self.replica.name(), why, "the source must reopen the volume");
+            sender.accepting = false;
+            sender.outbox.send(FromTarget::Reopen { volume, reason: why.to_owned() });
+        }
+    }
+
+    fn refuse(&mut self, problem: Problem, retry: bool) {
+        self.catalogue.note(problem.code.0, Some(&self.name()), problem.what.clone());
+        if let Some(sender) = &mut self.sender {
+            sender.accepting = false;
+            let volume = Some(self.replica.volume);
+            sender.outbox.send(FromTarget::Refused { volume, problem, retry });
+        }
+    }
+
+    /// The store does not work: nothing is acknowledged until it has been read again.
+    fn fail(&mut self, problem: Problem) {
+        tracing::error!(volume = %self.name(), why = problem.why, "{problem}");
+        self.replica.update(|facts| facts.problem = Some(problem.clone()));
+        if self.sender.as_ref().is_some_and(|s| s.accepting) {
+            self.refuse(problem, true);
+        }
+        self.expiring = None;
+    }
+
+    fn commit(&mut self) {
+        let Some(store) = &mut self.store else { return };
+        let idle = store.uncommitted_bytes() == 0;
+        if idle && !self.sender.as_ref().is_some_and(|s| s.owes_ack) {
+            return;
+        }
+        match store.commit() {
+            Ok(committed) => self.publish(committed),
+            Err(error) => self.store_failed(&error),
+        }
+    }
+
+    fn store_failed(&mut self, error: &StoreError) {
+        let problem = error.problem(self.name().as_str());
+        if !matches!(error, StoreError::DiskFull { .. }) {
+            // Opened again, from the medium, when the source opens the volume.
+            self.store = None;
+        }
+        self.fail(problem);
+    }
+
+    /// Acknowledges what is durable; points follow.
+    fn publish(&mut self, committed: Committed) {
+        // First, so that whoever saw the acknowledgement sees the position.
+        self.publish_position();
+        if let Some(sender) = &mut self.sender {
+            sender.owes_ack = false;
+            sender.outbox.ack(self.replica.volume, committed.durable, committed.chain);
+        }
+        let mut points = Vec::new();
+        for event in committed.events {
+            self.event(event, &mut points);
+        }
+        self.record(points, committed.durable);
+    }
+
+    fn publish_position(&self) {
+        let Some(store) = &self.store else { return };
+        let at = store.position();
+        self.replica.update(|facts| {
+            facts.durable = at.durable;
+            facts.floor = at.floor;
+            facts.order = at.order;
+            facts.journal_bytes = store.journal_bytes();
+        });
+    }
+
+    fn event(&self, event: StoreEvent, points: &mut Vec<NewPoint>) {
+        let name = self.name();
+        let note = |code, text: String| self.catalogue.note(code, Some(&name), text);
+        match event {
+            StoreEvent::Point(point) => points.push(NewPoint {
+                lsn: point.lsn,
+                time: point.time,
+                kind: point.kind,
+                name: point.name,
+                marker: point.marker,
+            }),
+            StoreEvent::MarkerDropped { marker, lsn } => {
+                tracing::debug!(volume = %name, %marker, %lsn, "a marker is no point");
+            }
+            StoreEvent::OrderLost { lsn, .. } => {
+                note(3002, format!("order was lost at {lsn}: points stop until all is sent again"));
+            }
+            StoreEvent::OrderRestored { lsn, .. } => {
+                note(0, format!("order was restored at {lsn}: points are cut again"));
+            }
+            StoreEvent::Resized { lsn, size } => {
+                note(0, format!("the volume has {} bytes from {lsn} on", size.get()));
+            }
+            StoreEvent::EpochStarted { lsn, continues: false } => {
+                note(0, format!("a new run of the source's filter begins at {lsn}"));
+            }
+            StoreEvent::EpochStarted { lsn, continues: true } => {
+                tracing::debug!(volume = %name, %lsn, "a new run goes on without a gap");
+            }
+        }
+    }
+
+    /// Writes points into the catalogue. When that fails they are kept and tried again with the
+    /// next commit, and at the next start the journal still knows them.
+    fn record(&mut self, points: Vec<NewPoint>, upto: Lsn) {
+        let room = MAX_UNRECORDED.saturating_sub(self.unrecorded.len());
+        self.unrecorded.extend(points.into_iter().take(room));
+        if !self.unrecorded.is_empty() {
+            let recorded = self.catalogue.lock().add_points(
+                self.replica.volume,
+                &self.unrecorded,
+                upto,
+                self.clock.now(),
+            );
+            if let Err(error) = recorded {
+                tracing::error!(volume = %self.name(), %error, "points were not recorded");
+                return;
+            }
+            self.unrecorded.clear();
+            self.recount();
+        }
+        self.replica.points_reach(upto);
+    }
+
+    fn recount(&self) {
+        match self.catalogue.lock().point_summary(self.replica.volume) {
+            Ok(points) => self.replica.update(|facts| facts.points = points),
+            Err(error) => tracing::error!(%error, "points cannot be counted"),
+        }
+    }
+
+    fn view(&mut self, at: Place) -> Result<(PointReader, WallTime), Problem> {
+        let name = self.name();
+        let Some(store) = &mut self.store else {
+            return Err(problem::store(&name, &"it is not open; see farshore status"));
+        };
+        let lsn = match at {
+            Place::At(lsn) => lsn,
+            Place::Time(time) => {
+                let wanted = || crate::clock::show(time);
+                let found = store.resolve_time(time).map_err(|e| e.problem(name.as_str()))?;
+                found.ok_or_else(|| problem::no_point(&name, &format!("at {}", wanted())))?
+            }
+        };
+        let reader = store.open_view(lsn).map_err(|e| e.problem(name.as_str()))?;
+        let time = store.time_at(lsn).map_err(|e| e.problem(name.as_str()))?;
+        Ok((reader, time))
+    }
+
+    fn expire_step(&mut self) {
+        let (Some(floor), Some(store)) = (self.expiring, &mut self.store) else {
+            self.expiring = None;
+            return;
+        };
+        match store.expire(floor) {
+            Ok(progress) => {
+                if progress.done {
+                    self.expiring = None;
+                }
+                self.publish_position();
+            }
+            Err(error) => self.store_failed(&error),
+        }
+    }
+
+    fn open_store(&mut self) {
+        let facts = self.replica.facts();
+        let opened = self.open_or_create(&facts.row);
+        match opened {
+            Ok((store, report)) => {
+                self.report_recovery(&report);
+                self.store = Some(store);
+                self.replica.update(|facts| facts.problem = None);
+                self.replay_points(facts.row.points_upto);
+                self.publish_position();
+            }
+            Err(error) => self.fail(error.problem(facts.row.name.as_str())),
+        }
+        self.recount();
+    }
+
+    fn open_or_create(
+        &self,
+        row: &crate::catalogue::VolumeRow,
+    ) -> Result<(Store, RecoveryReport), StoreError> {
+        let io = |e| StoreError::Io { what: self.dir.display().to_string(), source: e };
+        let disk = Arc::new(FileDisk::open(&self.dir).map_err(io)?);
+        match Store::open(Arc::clone(&disk) as _, StoreConfig::default()) {
+            Err(StoreError::NotAStore) if row.points_upto == Lsn::ZERO => {
+                let meta = StoreMeta {
+                    volume: row.volume,
+                    size: row.size,
+                    blocks: row.blocks,
+                    generation: FIRST_GENERATION,
+                    created: WallTime::now(),
+                };
+                Store::create(disk, &meta, StoreConfig::default())
+            }
+            other => other,
+        }
+    }
+
+    fn report_recovery(&self, report: &RecoveryReport) {
+        let name = self.name();
+        if let Some(at) = report.torn_tail {
+            tracing::info!(volume = %name, %at, "a write cut off by a power loss was removed");
+        }
+        for damage in &report.damage {
+            let text = format!(
+                "damaged: {}; places after {} up to {} are lost here and copied again",
+                damage.what, damage.after, damage.upto
+            );
+            self.catalogue.note(6009, Some(&name), text);
+        }
+    }
+
+    /// Rows of points that were durable but not recorded when the daemon stopped, or whose
+    /// catalogue was lost. Those at or before `upto` were recorded; they may have expired since.
+    fn replay_points(&mut self, upto: Lsn) {
+        let Some(store) = &mut self.store else { return };
+        let durable = store.position().durable;
+        let mut points = Vec::new();
+        for event in store.history() {
+            if let StoreEvent::Point(_) = event {
+                self.event(event, &mut points);
+            }
+        }
+        points.retain(|point| point.lsn > upto);
+        self.record(points, durable);
+    }
+}

@@ -19,15 +19,11 @@ pub fn bytes(n: u64) -> String {
         unit += 1;
     }
     let (whole, rest) = (n / scale, n % scale);
-    if unit == 0 || whole >= 10 && rest == 0 || whole >= 100 || rest == 0 {
+    if unit == 0 || rest == 0 || whole >= 10 {
         return format!("{whole} {}", UNITS[unit]);
     }
     let tenth = u128::from(rest) * 10 / u128::from(scale);
-    if whole >= 10 {
-        format!("{whole} {}", UNITS[unit])
-    } else {
-        format!("{whole}.{tenth} {}", UNITS[unit])
-    }
+    format!("{whole}.{tenth} {}", UNITS[unit])
 }
 
 /// `256MiB`, `1 GiB`, `4096`; units are binary, `K` and `KB` mean KiB.
@@ -229,7 +225,7 @@ mod tests {
     fn instants_are_read_in_the_local_zone_and_in_rfc_3339() {
         let zone = TimeZone::get("Europe/Berlin").unwrap_or(TimeZone::fixed(jiff::tz::offset(1)));
         let at = |text| parse_instant(text, WallTime::from_nanos(1_795_257_000_000_000_000), &zone);
-        let expected = Some(WallTime::from_nanos(1_795_252_440_000_000_000));
+        let expected = WallTime::from_nanos(1_795_252_440_000_000_000);
         for text in [
             "2026-11-21 10:14",
             "2026-11-21T10:14:00",
@@ -238,11 +234,11 @@ mod tests {
             "10:14",
             "1h16m ago",
         ] {
-            assert_eq!(at(text), expected, "{text}");
+            assert_eq!(at(text), Some(expected), "{text}");
         }
         for bad in ["", "yesterday", "2026-13-01 10:00", "25:00", "ago"] {
             assert_eq!(at(bad), None, "{bad}");
         }
-        assert_eq!(rfc3339(expected.unwrap()), "2026-11-21T09:14:00.000000000Z");
+        assert_eq!(rfc3339(expected), "2026-11-21T09:14:00.000000000Z");
     }
 }

@@ -29,10 +29,11 @@ pub fn json(report: &StatusReport) -> String {
 fn document(report: &StatusReport) -> serde_json::Value {
     let mut document = crate::output::document(super::SCHEMA, "status", report);
     // One level: `volumes` and `problems` stand beside `schema`.
-    if let Some(map) = document.as_object_mut() {
-        if let Some(serde_json::Value::Object(inner)) = map.remove("status") {
-            map.extend(inner);
-        }
+    let map = document.as_object_mut();
+    if let Some((map, serde_json::Value::Object(inner))) =
+        map.and_then(|m| m.remove("status").map(|inner| (m, inner)))
+    {
+        map.extend(inner);
     }
     document
 }

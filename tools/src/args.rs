@@ -99,10 +99,7 @@ pub enum Command {
     #[command(subcommand)]
     Token(hosts::TokenCommand),
     /// Enrol this host with a target (on the source host)
-    Enroll {
-        /// As printed by `farshore token create`
-        token: String,
-    },
+    Enroll(roles::EnrollArgs),
     /// The target host: set it up, run it
     #[command(subcommand)]
     Target(roles::TargetCommand),
@@ -159,7 +156,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Event(command) => hosts::events(command, global, out),
         Command::Host(command) => hosts::hosts(command, global, out),
         Command::Token(command) => hosts::tokens(command, global, out),
-        Command::Enroll { token } => roles::enroll(token, global, out),
+        Command::Enroll(args) => roles::enroll(args, global, out),
         Command::Target(command) => roles::target(command, global, out),
         Command::Filterd => roles::filterd(global),
         Command::Agent => roles::agent(global),

@@ -49,8 +49,14 @@ impl Exit {
     /// The exit code of a cause: what the catalogue says, or else its range.
     #[must_use]
     pub fn of(code: Code) -> Self {
-        if explain::entry(code).is_some_and(|e| e.not_found) {
-            return Self::NotFound;
+        match explain::entry(code).and_then(|e| e.exit) {
+            Some(1) => return Self::Failed,
+            Some(2) => return Self::Usage,
+            Some(3) => return Self::NotFound,
+            Some(4) => return Self::Refused,
+            Some(5) => return Self::Unreachable,
+            // No entry says anything else; a test holds it.
+            Some(_) | None => {}
         }
         match code.0 / 1000 {
             1 => Self::Usage,
@@ -117,9 +123,17 @@ mod tests {
 
     #[test]
     fn ranges_of_codes_decide_the_exit_code() {
-        for (code, exit) in
-            [(1001, 2), (2999, 1), (3999, 1), (4012, 4), (5001, 5), (6999, 1), (6990, 3)]
-        {
+        for (code, exit) in [
+            (1001, 2),
+            (2999, 1),
+            (3999, 1),
+            (4012, 4),
+            (5001, 5),
+            (6999, 1),
+            (6990, 3),
+            (4011, 3),
+            (5202, 2),
+        ] {
             assert_eq!(Exit::of(Code(code)).number(), exit, "{code}");
         }
         assert_eq!(Exit::Interrupted.number(), 130);

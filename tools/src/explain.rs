@@ -19,8 +19,8 @@ pub struct Entry {
     pub title: String,
     /// Why it happens and what to do.
     pub text: String,
-    /// Means "what was named does not exist": exit code 3.
-    pub not_found: bool,
+    /// Exit code of the program when it is not the one of the code's range.
+    pub exit: Option<u8>,
 }
 
 static ENTRIES: LazyLock<Vec<Entry>> = LazyLock::new(|| parse(CATALOGUE));
@@ -32,13 +32,14 @@ fn parse(catalogue: &str) -> Vec<Entry> {
 fn parse_entry(section: &str) -> Option<Entry> {
     let (head, body) = section.split_once('\n')?;
     let (number, title) = head.split_once(' ')?;
-    let title = title.trim();
     let text = body.split("\n# ").next().unwrap_or(body).trim();
+    let marked = title.trim().strip_suffix(')').and_then(|t| t.rsplit_once("(exit "));
+    let (title, exit) = marked.map_or((title, None), |(title, n)| (title, n.parse().ok()));
     Some(Entry {
         code: Code(number.parse().ok()?),
-        title: title.trim_end_matches("(exit 3)").trim().to_owned(),
+        title: title.trim().to_owned(),
         text: text.to_owned(),
-        not_found: title.ends_with("(exit 3)"),
+        exit,
     })
 }
 
@@ -91,6 +92,8 @@ mod tests {
         assert!(ENTRIES.windows(2).all(|w| w[0].code < w[1].code), "sorted and unique");
         for e in ENTRIES.iter() {
             assert!(!e.title.is_empty() && e.text.len() > 30, "{} says too little", e.code);
+            assert!(e.exit.is_none_or(|n| (1..=5).contains(&n)), "{}", e.code);
+            assert!(!e.title.contains("(exit"), "{}", e.code);
         }
     }
 

@@ -3,12 +3,15 @@
 
 use std::path::PathBuf;
 
-use clap::Subcommand;
-use farshore_extent::Problem;
+use clap::{Args, Subcommand};
+use farshore_agent::EnrollOptions;
+use farshore_agent::config::Config as AgentConfig;
+use farshore_extent::{Problem, VolumeName};
+use farshore_protocol::token::{Token, TokenError};
 use farshore_target::config::Config as TargetConfig;
 use farshore_target::{InitOptions, init};
 
-use crate::args::Global;
+use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
 
@@ -86,9 +89,104 @@ fn target_init(options: &InitOptions, global: &Global, out: &Out) -> Result<Exit
     Ok(Exit::Ok)
 }
 
+/// Options of `enroll`.
+#[derive(Debug, Args)]
+pub struct EnrollArgs {
+    /// As printed by `farshore token create`
+    token: String,
+    /// Name of this host; the machine's own if not given
+    #[arg(long, value_parser = volume_name)]
+    name: Option<VolumeName>,
+    /// HTTP proxy that allows CONNECT to the target
+    #[arg(long, value_name = "HOST:PORT")]
+    proxy: Option<String>,
+}
+
 /// `farshore enroll`.
-pub fn enroll(_token: &str, _global: &Global, _out: &Out) -> Result<Exit, Failure> {
-    Err(not_yet("agent").into())
+pub fn enroll(args: &EnrollArgs, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    let paths = global.paths();
+    if global.dry_run {
+        let token: Token = args.token.parse().map_err(|e: TokenError| bad_token(&e))?;
+        out.line(format!("would enrol with {}, whose authority is {}", token.address, token.ca));
+        return Ok(Exit::Ok);
+    }
+    let options = EnrollOptions { host_name: args.name.clone(), proxy: args.proxy.clone() };
+    let done = runtime()?.block_on(farshore_agent::enroll(&args.token, &paths, &options))?;
+    if out.json {
+        let done = serde_json::json!({
+            "host": done.host,
+            "host_name": done.host_name,
+            "target": done.target,
+            "fingerprint": done.ca.to_string(),
+            "again": done.again,
+        });
+        out.document("farshore.enrolled/1", "enrolled", &done);
+        return Ok(Exit::Ok);
+    }
+    let again = if done.again { " again" } else { "" };
+    out.line(format!("enrolled{again} as {} with {}", done.host_name, done.target));
+    out.line(format!("  authority  {}", done.ca));
+    out.hint("next: farshore filterd, farshore agent, farshore protect PATH --name NAME");
+    Ok(Exit::Ok)
+}
+
+fn bad_token(why: &TokenError) -> Problem {
+    let next = "copy the whole line that farshore token create printed on the target";
+    Problem::harmless(5202, "this is not a usable token", why.to_string(), next)
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
+    tokio::runtime::Runtime::new().map_err(|e| {
+        Problem::harmless(
+            2901,
+            "cannot start: the system gives no threads or descriptors",
+            e.to_string(),
+            "look at the limits of this user (ulimit -a)",
+        )
+    })
+}
+
+/// SIGTERM or SIGINT: stop in order.
+async fn asked_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (term, int) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    match (term, int) {
+        (Ok(mut term), Ok(mut int)) => {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        }
+        // Without handlers the signals keep their default action, which ends the process.
+        _ => std::future::pending().await,
+    }
+}
+
+/// The daemons' log: standard error, `RUST_LOG` or `-v` for more.
+fn start_log(global: &Global) {
+    use tracing_subscriber::EnvFilter;
+    let usual = match (global.quiet, global.verbose) {
+        (true, _) => "warn",
+        (false, 0) => "info",
+        (false, 1) => "debug",
+        (false, _) => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A second subscriber (in tests) is no reason to fail.
+    let _ = log.with_ansi(false).try_init();
+}
+
+/// The text of `--config`, or none: then the role reads its usual file.
+fn given_config(global: &Global) -> Result<Option<(String, String)>, Problem> {
+    let Some(file) = &global.config else { return Ok(None) };
+    let name = file.display().to_string();
+    match std::fs::read_to_string(file) {
+        Ok(text) => Ok(Some((text, name))),
+        Err(e) => Err(Problem::harmless(
+            1902,
+            format!("the configuration {name} cannot be read"),
+            e.to_string(),
+            "check the path given with --config",
+        )),
+    }
 }
 
 /// `farshore filterd`.
@@ -97,27 +195,35 @@ pub fn filterd(_global: &Global) -> Result<Exit, Failure> {
 }
 
 /// `farshore agent`.
-pub fn agent(_global: &Global) -> Result<Exit, Failure> {
-    Err(not_yet("agent").into())
+pub fn agent(global: &Global) -> Result<Exit, Failure> {
+    start_log(global);
+    let paths = global.paths();
+    let config = match given_config(global)? {
+        Some((text, name)) => AgentConfig::parse(&text, &name)?,
+        None => AgentConfig::load(&paths)?,
+    };
+    runtime()?.block_on(farshore_agent::run(config, paths, asked_to_stop()))?;
+    Ok(Exit::Ok)
 }
 
 /// `farshore config …`
 pub fn config(command: &ConfigCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let ConfigCommand::Check = command;
     let paths = global.paths();
-    let file = TargetConfig::file(&paths);
+    let checks: [(PathBuf, Option<Problem>); 2] = [
+        (TargetConfig::file(&paths), TargetConfig::load(&paths).err()),
+        (AgentConfig::file(&paths), AgentConfig::load(&paths).err()),
+    ];
     let mut problems = Vec::new();
-    let mut fine = Vec::new();
-    if file.exists() {
-        match TargetConfig::load(&paths) {
-            Ok(_) => fine.push(file),
-            Err(problem) => problems.push(problem),
+    let mut none = true;
+    for (file, problem) in checks.into_iter().filter(|(file, _)| file.exists()) {
+        none = false;
+        match problem {
+            None => out.line(format!("ok  {}", file.display())),
+            Some(problem) => problems.push(problem),
         }
     }
-    for file in &fine {
-        out.line(format!("ok  {}", file.display()));
-    }
-    if fine.is_empty() && problems.is_empty() {
+    if none {
         out.hint(format!("no configuration under {}; defaults apply", paths.etc.display()));
     }
     Failure::from_list(problems).map_or(Ok(Exit::Ok), Err)

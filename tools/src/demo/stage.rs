@@ -236,7 +236,11 @@ impl Stage {
         )?;
         let token = token.trim();
         let short: String = token.chars().take(12).collect();
-        self.command(story, &format!("enroll {short}..."), &["enroll", token])?;
+        self.command(
+            story,
+            &format!("enroll {short}... --name demo-host"),
+            &["enroll", token, "--name", "demo-host"],
+        )?;
         story.command("filterd &");
         self.start(Actor::Filterd)?;
         story.command("agent &");

@@ -132,6 +132,10 @@ mod tests {
                         .and_then(|(_, v)| leading_code(v.trim_start_matches("Code("))),
                 );
             }
+            // A code alone on its line, as arguments and tuples are formatted.
+            if let Some(alone) = line.trim().strip_suffix(',').filter(|l| l.len() == 4) {
+                found.extend(leading_code(alone));
+            }
             for after in line.split("FS-").skip(1) {
                 found.extend(leading_code(after));
             }

@@ -111,14 +111,13 @@ impl Session {
     /// When the next [`Event::Tick`] changes something, if nothing else happens before.
     #[must_use]
     pub fn wakes_at(&self) -> Option<Duration> {
-        let link = match &self.link {
+        match &self.link {
             LinkState::Down { retry_at, .. } if !self.stopping => Some(*retry_at),
             LinkState::Up { .. } => self.volumes.values().filter_map(|v| v.wakes_at()).min(),
             LinkState::Down { .. } | LinkState::Connecting { .. } | LinkState::Halted { .. } => {
                 None
             }
-        };
-        link
+        }
     }
 
     /// Takes one event and appends what is to be done, in order. `now` is the time since any fixed

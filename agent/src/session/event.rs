@@ -167,6 +167,7 @@ impl Event {
     ///
     /// # Errors
     /// The message itself: a matter of the driver (points, status, keep-alive).
+    #[allow(clippy::result_large_err)] // the message itself, once for each that arrives
     pub fn from_target(message: FromTarget, jitter: Jitter) -> Result<Self, FromTarget> {
         match message {
             FromTarget::Opened(opened) => Ok(Self::Opened(opened)),

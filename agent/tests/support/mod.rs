@@ -1,4 +1,5 @@
 //! A hand-made `filterd` and a hand-made target, as small as the protocols allow.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // a test that cannot go on fails
 #![allow(dead_code)] // each test uses a part
 
 pub mod filterd;

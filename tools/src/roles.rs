@@ -53,8 +53,19 @@ pub fn target(command: &TargetCommand, global: &Global, out: &Out) -> Result<Exi
             };
             target_init(&options, global, out)
         }
-        TargetCommand::Run => Err(not_yet("target daemon").into()),
+        TargetCommand::Run => target_run(global),
     }
+}
+
+fn target_run(global: &Global) -> Result<Exit, Failure> {
+    start_log(global);
+    let paths = global.paths();
+    let config = match given_config(global)? {
+        Some((text, name)) => TargetConfig::parse(&text, &name)?,
+        None => TargetConfig::load(&paths)?,
+    };
+    runtime()?.block_on(farshore_target::run(config, paths, asked_to_stop()))?;
+    Ok(Exit::Ok)
 }
 
 fn not_yet(what: &str) -> Problem {

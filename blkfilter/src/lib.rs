@@ -14,6 +14,7 @@ pub mod core;
 pub mod device;
 pub mod durable_fs;
 pub mod filter;
+pub mod filterd;
 pub mod frontend;
 pub mod pool;
 pub mod preflight;

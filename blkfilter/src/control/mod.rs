@@ -9,6 +9,7 @@
 
 pub mod client;
 mod message;
+pub mod server;
 
 pub use crate::sys::pool_reader::ReadOnlyPool;
 pub use client::{Client, FetchWish};

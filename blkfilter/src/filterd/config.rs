@@ -1,0 +1,61 @@
+//! What `filterd` can be told.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use farshore_extent::ChunkSize;
+
+use crate::control::server::Access;
+use crate::core::Limits;
+use crate::sys::ring::Engine;
+
+/// Settings of the daemon. [`Config::new`] has the defaults.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Durable state; made when it is missing. Must not lie on a protected volume.
+    pub state: PathBuf,
+    /// Sockets: NBD servers are put into `nbd/` below.
+    pub run: PathBuf,
+    /// The control socket.
+    pub control_socket: PathBuf,
+    /// Who besides the daemon's user and root may use it.
+    pub access: Access,
+    /// Size in bytes of the pool of a volume that was protected without one.
+    pub pool_bytes: u64,
+    /// Unit of the copy loop.
+    pub chunk: ChunkSize,
+    /// Bounds of the capture core.
+    pub limits: Limits,
+    /// Copy rate of a volume that was not given one, in bytes a second; 0 is no limit.
+    pub copy_rate: u64,
+    /// At a stop: how long NBD clients may take to finish what they have sent.
+    pub client_grace: Duration,
+    /// At a stop: how long to wait until the agent has released everything.
+    pub release_grace: Duration,
+    /// Keep all memory of the process in RAM and be an I/O flusher, as far as permitted.
+    pub harden: bool,
+    /// Which way backing I/O takes.
+    pub engine: Engine,
+}
+
+impl Config {
+    /// The defaults, for a state and a run directory.
+    #[must_use]
+    pub fn new(state: PathBuf, run: PathBuf) -> Self {
+        let control_socket = run.join("filterd.sock");
+        Self {
+            state,
+            run,
+            control_socket,
+            access: Access::default(),
+            pool_bytes: 256 << 20,
+            chunk: ChunkSize::DEFAULT,
+            limits: Limits::default(),
+            copy_rate: 0,
+            client_grace: Duration::from_secs(5),
+            release_grace: Duration::from_secs(5),
+            harden: true,
+            engine: Engine::Auto,
+        }
+    }
+}

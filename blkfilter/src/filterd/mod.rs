@@ -1,0 +1,18 @@
+//! The daemon on the source host: protected volumes, their front ends, the control socket.
+//!
+//! Owns the state directory (epoch, volumes) and the order of starting and stopping. DIRTY is the
+//! resting state of a volume on disk; CLEAN is written as the last step of an orderly stop, when
+//! everything captured is durable at the target and the backing was flushed.
+
+mod attached;
+mod config;
+mod daemon;
+mod problem;
+mod service;
+mod shutdown;
+mod state;
+
+pub use config::Config;
+pub use daemon::{Daemon, run};
+pub use problem::{AHEAD_OF_LOG, RECORDS_GONE};
+pub use shutdown::Shutdown;

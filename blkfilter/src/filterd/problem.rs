@@ -1,0 +1,169 @@
+//! What people and the agent are told: FS-2030 to FS-2049, FS-3110 and FS-3111.
+
+use std::fmt::Display;
+use std::io;
+use std::path::Path;
+
+use farshore_extent::{Code, Problem, VolumeName};
+
+use crate::core::Refused;
+
+/// Fetch: records between the asked place and the oldest one here are gone. The agent sends
+/// `Recopy` and goes on from where the target is.
+pub const RECORDS_GONE: Code = Code(3110);
+
+/// Fetch or Release: the asked place is ahead of this log.
+pub const AHEAD_OF_LOG: Code = Code(3111);
+
+pub(super) fn state(path: &Path, error: &io::Error) -> Problem {
+    Problem::harmless(
+        2030,
+        format!("filterd cannot use its state directory {}", path.display()),
+        error.to_string(),
+        "make the directory writable for the user that runs filterd, and look for a full disk",
+    )
+    .with_risk("none: nothing is written to a protected volume without a durable state")
+}
+
+pub(super) fn state_in_use(path: &Path) -> Problem {
+    Problem::harmless(
+        2031,
+        format!("another filterd uses the state directory {}", path.display()),
+        "one daemon serves all volumes of a host",
+        "stop the other one first, or give this one its own --root",
+    )
+}
+
+pub(super) fn damaged(path: &Path, error: impl Display) -> Problem {
+    Problem::harmless(
+        2032,
+        format!("the record of a protected volume is unreadable: {}", path.display()),
+        error.to_string(),
+        "protect the volume again under the same name; everything is then copied again",
+    )
+    .with_risk("the volume is not served; its backing device and its replica are unharmed")
+}
+
+pub(super) fn socket(path: &Path, error: &io::Error) -> Problem {
+    Problem::harmless(
+        2033,
+        format!("filterd cannot listen on {}", path.display()),
+        error.to_string(),
+        "look whether another daemon listens there and whether the directory is writable",
+    )
+}
+
+pub(super) fn resources(what: &str, error: impl Display) -> Problem {
+    Problem::harmless(
+        2034,
+        format!("filterd cannot get {what}"),
+        error.to_string(),
+        "free memory or raise the limits of the filterd service, then try again",
+    )
+}
+
+pub(super) fn no_such_volume(what: impl Display) -> Problem {
+    Problem::harmless(
+        2035,
+        format!("no protected volume {what} is attached"),
+        "it was never protected on this host, was unprotected, or its backing device was missing \
+         when filterd started",
+        "`farshore status` lists the protected volumes; the log of filterd tells why one is missing",
+    )
+}
+
+pub(super) fn clients_connected(name: &VolumeName, clients: u32) -> Problem {
+    Problem::harmless(
+        2036,
+        format!("cannot stop protecting {name}: {clients} clients are connected"),
+        "they would get errors for everything they write from then on",
+        "unmount and disconnect them first, or use --force to disconnect them",
+    )
+}
+
+pub(super) fn busy(name: &VolumeName, requests: impl Display) -> Problem {
+    Problem::harmless(
+        2037,
+        format!("{name} does not come to rest: {requests} requests are still in flight"),
+        "the backing device has not answered them yet",
+        "look at the kernel's log for errors of the device, then try again",
+    )
+    .with_risk("the volume refuses new clients; what was captured stays with filterd")
+}
+
+pub(super) fn bad_pool(bytes: u64) -> Problem {
+    Problem::harmless(
+        2038,
+        format!("a pool of {bytes} bytes is not possible"),
+        "a pool must hold four of the largest writes and chunks and fit into memory",
+        "choose 8 MiB to 64 GiB",
+    )
+}
+
+pub(super) fn known_elsewhere(name: &VolumeName, backing: &Path) -> Problem {
+    Problem::harmless(
+        2040,
+        format!("{name} is known as the volume on {}", backing.display()),
+        "its backing device could not be attached when filterd started, and this is another one",
+        "bring the device back and restart filterd, or unprotect the old volume first",
+    )
+}
+
+pub(super) fn stopping() -> Problem {
+    Problem::harmless(
+        2041,
+        "filterd is stopping",
+        "protected volumes change no more until it runs again",
+        "try again when filterd has been restarted",
+    )
+}
+
+pub(super) fn refused(refused: &Refused) -> Problem {
+    match refused {
+        Refused::NoSuchVolume => no_such_volume("of this identity"),
+        Refused::AlreadyReleased { asked, released } => Problem::harmless(
+            RECORDS_GONE.0,
+            format!("the records after {asked} are no longer held"),
+            format!("they were released up to {released}, as durable at the target"),
+            "the agent asks for a new copy; no one has to do anything",
+        )
+        .with_risk(
+            "the target has lost acknowledged data or is another one; points stop until \
+             the new copy is complete",
+        ),
+        Refused::AheadOfCaptured { asked, captured } => Problem::harmless(
+            AHEAD_OF_LOG.0,
+            format!("{asked} is ahead of the last record {captured} of this host"),
+            "the state directory of filterd was restored from an older copy, or the target \
+             belongs to another host",
+            "restore the newest state directory of filterd, or unprotect the volume and protect \
+             it again",
+        ),
+        Refused::NoSuchMarker => Problem::harmless(
+            2042,
+            "no pending marker has this identity",
+            "it was resolved before, or a new copy has begun since",
+            "nothing: a marker that is not committed never becomes a point",
+        ),
+        Refused::NameTooLong => Problem::harmless(
+            2043,
+            "the name of a point is too long",
+            refused.to_string(),
+            "choose a shorter name",
+        ),
+        Refused::NoRoom | Refused::HoldBusy | Refused::NotOrdered(_) => Problem::harmless(
+            2044,
+            "no marker can be placed now",
+            refused.to_string(),
+            "try again when the volume is ordered again; `farshore status` tells",
+        ),
+        Refused::AlreadyAttached | Refused::PoolTooSmall { .. } | Refused::Busy(_) => {
+            Problem::harmless(
+                2045,
+                "the capture core refused a volume",
+                refused.to_string(),
+                "report this; it should have been noticed before",
+            )
+        }
+    }
+}

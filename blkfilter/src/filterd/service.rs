@@ -1,0 +1,285 @@
+//! What the control socket asks for, done.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName};
+
+use super::attached::{Attached, Ground, open};
+use super::problem;
+use super::state::{VolumeRecord, VolumeState};
+use crate::control::server::{Response, Serve};
+use crate::control::{MarkerPlaced, MarkerRequest, ProtectRequest, Reply, Request, VolumeInfo};
+use crate::core::MarkerSpec;
+use crate::filter::FetchWait;
+use crate::preflight::{HostRoots, OwnPlaces, Running, preflight};
+
+/// Longest wait of one Fetch, so that a client that went away is noticed.
+const MAX_IDLE: Duration = Duration::from_secs(60);
+
+/// Longest wait of one Drain.
+const MAX_DRAIN: Duration = Duration::from_secs(3600);
+
+/// Possible sizes of a pool, in bytes.
+const POOL_SIZES: std::ops::RangeInclusive<u64> = 8 << 20..=64 << 30;
+
+/// The daemon's volumes.
+#[derive(Debug)]
+pub(super) struct Service {
+    ground: Ground,
+    volumes: Mutex<BTreeMap<VolumeName, Arc<Attached>>>,
+    /// Known, but its backing could not be attached at start.
+    missing: Mutex<Vec<VolumeRecord>>,
+    /// Held while volumes come or go; opening devices takes time.
+    changing: Mutex<()>,
+    stopping: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner) // plain data
+}
+
+impl Service {
+    /// Attaches every volume on record. What cannot be attached is reported in the log and kept.
+    pub(super) fn start(ground: Ground, records: Vec<VolumeRecord>) -> Self {
+        let (mut volumes, mut missing) = (BTreeMap::new(), Vec::new());
+        for record in records {
+            let name = record.name.clone();
+            let attached = open(&record.backing)
+                .and_then(|backing| Attached::attach(&ground, backing, record.clone(), true));
+            match attached {
+                Ok(attached) => {
+                    volumes.insert(name, attached);
+                }
+                Err(problem) => {
+                    let (why, next) = (&problem.why, &problem.next);
+                    tracing::error!(volume = %name, %problem, why, next, "volume not attached");
+                    missing.push(record);
+                }
+            }
+        }
+        Self {
+            ground,
+            volumes: Mutex::new(volumes),
+            missing: Mutex::new(missing),
+            changing: Mutex::new(()),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Attached>> {
+        lock(&self.volumes).values().cloned().collect()
+    }
+
+    fn find(&self, id: VolumeId) -> Result<Arc<Attached>, Problem> {
+        let found = lock(&self.volumes).values().find(|v| v.id() == id).cloned();
+        found.ok_or_else(|| problem::no_such_volume(id))
+    }
+
+    fn places(&self) -> OwnPlaces {
+        let config = &self.ground.config;
+        OwnPlaces { state: config.state.clone(), run: config.run.clone() }
+    }
+
+    fn preflight(&self, request: &ProtectRequest) -> Vec<Problem> {
+        let running = |v: Arc<Attached>| Running {
+            name: v.info.name.clone(),
+            backing: v.info.backing.clone(),
+            nbd_socket: v.info.nbd_socket.clone(),
+        };
+        let running: Vec<Running> = self.all().into_iter().map(running).collect();
+        let mut problems = preflight(&HostRoots::default(), request, &self.places(), &running);
+        let bytes = request.pool_bytes.unwrap_or(self.ground.config.pool_bytes);
+        if !POOL_SIZES.contains(&bytes) {
+            problems.push(problem::bad_pool(bytes));
+        }
+        let missing = lock(&self.missing);
+        let other = missing.iter().find(|r| r.name == request.name && r.backing != request.backing);
+        problems.extend(other.map(|r| problem::known_elsewhere(&r.name, &r.backing)));
+        problems
+    }
+
+    fn protect(&self, request: &ProtectRequest) -> Result<VolumeInfo, Problem> {
+        let _changing = lock(&self.changing);
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(problem::stopping());
+        }
+        if let Some(problem) = self.preflight(request).into_iter().next() {
+            return Err(problem);
+        }
+        let backing = open(&request.backing)?;
+        let known = lock(&self.missing).iter().find(|r| r.name == request.name).cloned();
+        let config = &self.ground.config;
+        let record = VolumeRecord {
+            version: VolumeRecord::VERSION,
+            volume: known.as_ref().map_or_else(VolumeId::random, |r| r.volume),
+            name: request.name.clone(),
+            backing: request.backing.clone(),
+            nbd_socket: self.places().nbd_socket(request),
+            pool_bytes: request.pool_bytes.unwrap_or(config.pool_bytes),
+            point_interval_ms: request.point_interval_ms,
+            copy_rate: known.as_ref().map_or(config.copy_rate, |r| r.copy_rate),
+            size: backing.size(),
+            blocks: backing.blocks(),
+            epoch: self.ground.host.epoch(),
+            state: known.as_ref().map_or(VolumeState::Dirty, |r| r.state.clone()),
+        };
+        let (id, is_new) = (record.volume, known.is_none());
+        let attached =
+            Attached::attach(&self.ground, backing, record, !is_new).inspect_err(|_| {
+                if is_new && let Err(problem) = self.ground.state.remove(id) {
+                    tracing::error!(%problem, "the record of a volume that failed stays behind");
+                }
+            })?;
+        let info = attached.info.clone();
+        lock(&self.missing).retain(|r| r.volume != id);
+        lock(&self.volumes).insert(info.name.clone(), attached);
+        Ok(info)
+    }
+
+    fn unprotect(&self, name: &VolumeName, force: bool) -> Result<(), Problem> {
+        let _changing = lock(&self.changing);
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(problem::stopping());
+        }
+        let missing = lock(&self.missing).iter().find(|r| r.name == *name).map(|r| r.volume);
+        if let Some(id) = missing {
+            self.ground.state.remove(id)?;
+            lock(&self.missing).retain(|r| r.volume != id);
+            return Ok(());
+        }
+        let volume = lock(&self.volumes).get(name).cloned();
+        let volume = volume.ok_or_else(|| problem::no_such_volume(name))?;
+        match volume.clients() {
+            0 => {}
+            clients if !force => return Err(problem::clients_connected(name, clients)),
+            _ => {}
+        }
+        volume.stop_serving(self.ground.config.client_grace);
+        volume.detach()?;
+        self.ground.state.remove(volume.id())?;
+        lock(&self.volumes).remove(name);
+        Ok(())
+    }
+
+    fn marker(&self, request: MarkerRequest) -> Result<MarkerPlaced, Problem> {
+        let MarkerRequest { marker, volumes, kind, group, name, pending } = request;
+        let spec = MarkerSpec { marker, volumes: vec![], kind, group, name, pending };
+        let placed = self.ground.host.marker(&volumes, spec).map_err(|e| problem::refused(&e))?;
+        Ok(MarkerPlaced {
+            lsn: placed.lsn,
+            time: placed.time,
+            volumes: placed.volumes,
+            not_ordered: placed.not_ordered,
+        })
+    }
+
+    fn open_pool(&self, id: VolumeId) -> Result<Response, Problem> {
+        let volume = self.find(id)?;
+        let fd = volume.pool().read_only_fd();
+        let fd = fd.map_err(|e| problem::resources("a descriptor of the capture pool", e))?;
+        Ok(Response { reply: Reply::Pool { len: volume.pool().capacity() }, fd: Some(fd) })
+    }
+
+    fn drain(&self, id: VolumeId, limit: Duration) -> Result<Reply, Problem> {
+        let drained = self.ground.host.drain(id, limit.min(MAX_DRAIN));
+        drained.map(Reply::Drained).map_err(|e| problem::refused(&e))
+    }
+
+    /// Stops serving and copying, then waits until the agent has released what it can.
+    pub(super) fn quiesce(&self) {
+        {
+            let _changing = lock(&self.changing);
+            self.stopping.store(true, Ordering::Release);
+        }
+        let config = &self.ground.config;
+        let deadline = Instant::now() + config.client_grace;
+        for volume in self.all() {
+            volume.stop_serving(deadline.saturating_duration_since(Instant::now()));
+            volume.stop_copying();
+        }
+        let deadline = Instant::now() + config.release_grace;
+        for volume in self.all() {
+            let ordered = |s: crate::core::CoreStatus| s.order == CaptureOrder::Ordered;
+            if self.ground.host.status(volume.id()).is_some_and(ordered) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // The outcome is looked at again when the record is written.
+                let _ = self.ground.host.drain(volume.id(), left);
+            }
+        }
+    }
+
+    /// Writes CLEAN where it is true and lets everything go. After [`Self::quiesce`], with nobody
+    /// left who could ask for anything. Returns the volumes that will be copied at the next start.
+    pub(super) fn finish(&self) -> Vec<VolumeName> {
+        let mut dirty = Vec::new();
+        for volume in self.all() {
+            let name = &volume.info.name;
+            match volume.mark_clean() {
+                Ok(true) => tracing::info!(volume = %name, "stopped clean"),
+                Ok(false) => {
+                    tracing::warn!(
+                        volume = %name,
+                        "not everything is durable at the target; the next start copies again"
+                    );
+                    dirty.push(name.clone());
+                }
+                Err(problem) => {
+                    tracing::error!(volume = %name, %problem, "not clean");
+                    dirty.push(name.clone());
+                }
+            }
+            if let Err(problem) = volume.detach() {
+                tracing::error!(volume = %name, %problem, "not detached");
+            }
+        }
+        lock(&self.volumes).clear();
+        dirty
+    }
+}
+
+impl Serve for Service {
+    fn serve(&self, request: Request) -> Result<Response, Problem> {
+        let refused = |e| problem::refused(&e);
+        let host = &self.ground.host;
+        let millis = |ms: u32| Duration::from_millis(ms.into());
+        let reply = match request {
+            Request::List => Reply::Volumes(self.all().iter().filter_map(|v| v.status()).collect()),
+            Request::Protect(request) => Reply::Protected(self.protect(&request)?),
+            Request::Preflight(request) => Reply::Preflight(self.preflight(&request)),
+            Request::Unprotect { name, force } => {
+                self.unprotect(&name, force)?;
+                Reply::Done
+            }
+            Request::Marker(request) => Reply::Marker(self.marker(request)?),
+            Request::ResolveMarker { marker, commit } => {
+                host.resolve_marker(marker, commit).map_err(refused)?;
+                Reply::Done
+            }
+            Request::Drain { volume, timeout_ms } => self.drain(volume, millis(timeout_ms))?,
+            Request::OpenPool { volume } => return self.open_pool(volume),
+            Request::Fetch { volume, after, want_bytes, wait_ms, idle_ms } => {
+                let idle = millis(idle_ms).min(MAX_IDLE);
+                let wait = millis(wait_ms).min(MAX_IDLE);
+                let wait = FetchWait { want_bytes: want_bytes.into(), wait, idle };
+                Reply::Fetched(host.fetch(volume, after, &wait).map_err(refused)?)
+            }
+            Request::Release { volume, upto } => {
+                host.release(volume, upto).map_err(refused)?;
+                Reply::Done
+            }
+            Request::Recopy { volume, reason } => {
+                tracing::warn!(%volume, reason, "the agent asks for a new copy");
+                host.recopy(volume, reason).map_err(refused)?;
+                Reply::Done
+            }
+            Request::CopyRate { volume, bytes_per_second } => {
+                self.find(volume)?.set_copy_rate(bytes_per_second)?;
+                Reply::Done
+            }
+        };
+        Ok(reply.into())
+    }
+}

@@ -1,0 +1,269 @@
+//! What filterd keeps durably: the epoch, and a record for each protected volume.
+//!
+//! ```text
+//! STATE/lock             held while a daemon runs
+//! STATE/epoch.json       {"version":1,"epoch":N}, raised at each start before anything else
+//! STATE/volumes/ID.json  a VolumeRecord
+//! ```
+//! Every change replaces a whole file durably. A record that is missing or damaged means copy
+//! more, never less.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use farshore_extent::{BlockSizes, Epoch, Lsn, Problem, VolumeId, VolumeName, VolumeSize};
+use serde::{Deserialize, Serialize};
+
+use super::problem;
+use crate::backing::Identity;
+use crate::core::Start;
+use crate::durable_fs;
+
+/// Version of all files here.
+const VERSION: u32 = 1;
+
+/// Whether the replica can be behind without anybody knowing where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum VolumeState {
+    /// The resting state: written before the first write of an epoch.
+    Dirty,
+    /// The last step of an orderly stop.
+    Clean {
+        /// Last record; everything up to it was durable at the target.
+        last: Lsn,
+        /// The backing at that moment, flushed.
+        identity: Identity,
+    },
+}
+
+/// A protected volume on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct VolumeRecord {
+    pub(super) version: u32,
+    pub(super) volume: VolumeId,
+    pub(super) name: VolumeName,
+    pub(super) backing: PathBuf,
+    pub(super) nbd_socket: PathBuf,
+    pub(super) pool_bytes: u64,
+    pub(super) point_interval_ms: Option<u64>,
+    /// Bytes a second; 0 is no limit.
+    pub(super) copy_rate: u64,
+    pub(super) size: VolumeSize,
+    pub(super) blocks: BlockSizes,
+    /// The epoch that wrote this.
+    pub(super) epoch: Epoch,
+    pub(super) state: VolumeState,
+}
+
+impl VolumeRecord {
+    pub(super) const VERSION: u32 = VERSION;
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EpochFile {
+    version: u32,
+    epoch: Epoch,
+}
+
+/// The state directory, locked.
+#[derive(Debug)]
+pub(super) struct StateDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl StateDir {
+    pub(super) fn open(path: &Path) -> Result<Self, Problem> {
+        let failed = |e: io::Error| problem::state(path, &e);
+        durable_fs::create_directory(&path.join("volumes"), 0o700).map_err(failed)?;
+        let lock = File::create(path.join("lock")).map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(problem::state_in_use(path)),
+            Err(TryLockError::Error(e)) => Err(failed(e)),
+        }
+    }
+
+    /// Raises the epoch above every one used before, durably.
+    pub(super) fn raise_epoch(&self, records: &[VolumeRecord]) -> Result<Epoch, Problem> {
+        let path = self.path.join("epoch.json");
+        let failed = |e: io::Error| problem::state(&path, &e);
+        let stored = match fs::read(&path) {
+            Ok(bytes) => match serde_json::from_slice::<EpochFile>(&bytes) {
+                Ok(file) if file.version == VERSION => file.epoch,
+                Ok(file) => {
+                    return Err(failed(io::Error::other(format!("version {}", file.version))));
+                }
+                // The records of the volumes know the epochs that matter.
+                Err(error) if !records.is_empty() => {
+                    tracing::error!(%error, path = %path.display(), "the epoch file is damaged");
+                    Epoch::ZERO
+                }
+                Err(error) => return Err(failed(error.into())),
+            },
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Epoch::ZERO,
+            Err(e) => return Err(failed(e)),
+        };
+        let epoch = records.iter().map(|r| r.epoch).fold(stored, Epoch::max).next();
+        let bytes = serde_json::to_vec(&EpochFile { version: VERSION, epoch })
+            .map_err(|e| failed(e.into()))?;
+        durable_fs::write(&path, &bytes, 0o600).map_err(failed)?;
+        Ok(epoch)
+    }
+
+    /// Every readable record, and what is wrong with the others.
+    pub(super) fn volumes(&self) -> Result<(Vec<VolumeRecord>, Vec<Problem>), Problem> {
+        let directory = self.path.join("volumes");
+        let failed = |e: io::Error| problem::state(&directory, &e);
+        let (mut records, mut problems) = (Vec::new(), Vec::new());
+        for entry in fs::read_dir(&directory).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_none_or(|e| e != "json") {
+                continue;
+            }
+            match read_record(&path) {
+                Ok(record) => records.push(record),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        records.sort_by(|a: &VolumeRecord, b| a.name.cmp(&b.name));
+        Ok((records, problems))
+    }
+
+    fn file(&self, volume: VolumeId) -> PathBuf {
+        self.path.join("volumes").join(format!("{volume}.json"))
+    }
+
+    pub(super) fn save(&self, record: &VolumeRecord) -> Result<(), Problem> {
+        let path = self.file(record.volume);
+        let failed = |e: io::Error| problem::state(&path, &e);
+        let bytes = serde_json::to_vec_pretty(record).map_err(|e| failed(e.into()))?;
+        durable_fs::write(&path, &bytes, 0o600).map_err(failed)
+    }
+
+    pub(super) fn remove(&self, volume: VolumeId) -> Result<(), Problem> {
+        let path = self.file(volume);
+        durable_fs::remove(&path).map_err(|e| problem::state(&path, &e))
+    }
+}
+
+fn read_record(path: &Path) -> Result<VolumeRecord, Problem> {
+    let bytes = fs::read(path).map_err(|e| problem::damaged(path, e))?;
+    let record: VolumeRecord =
+        serde_json::from_slice(&bytes).map_err(|e| problem::damaged(path, e))?;
+    if record.version != VERSION {
+        return Err(problem::damaged(path, format!("version {} is unknown", record.version)));
+    }
+    let named = path.file_stem().and_then(|s| s.to_str()).map(str::to_owned);
+    if named != Some(record.volume.to_string()) {
+        return Err(problem::damaged(path, "it belongs to another volume"));
+    }
+    Ok(record)
+}
+
+/// How a volume begins this epoch: only a clean stop with an unchanged backing continues.
+pub(super) fn start_of(
+    record: Option<&VolumeRecord>,
+    size: VolumeSize,
+    blocks: BlockSizes,
+    identity: Option<&Identity>,
+) -> Start {
+    let copy = |reason: &str| Start::Copy { reason: reason.to_owned() };
+    let Some(record) = record else { return copy("first copy") };
+    match &record.state {
+        VolumeState::Dirty => copy("filterd had not stopped in order"),
+        VolumeState::Clean { .. } if record.size != size || record.blocks != blocks => {
+            copy("the size of the backing device changed")
+        }
+        VolumeState::Clean { last, identity: before } => match identity {
+            Some(now) if now == before => Start::Continues { last: *last },
+            Some(_) => copy("the backing device changed while filterd was stopped"),
+            None => copy("nothing tells whether the backing device changed"),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use farshore_extent::Seq;
+
+    use super::*;
+    use crate::backing::FileIdentity;
+
+    fn identity(mtime_ns: i64) -> Identity {
+        Identity::File(FileIdentity { dev: 1, ino: 2, size: 1 << 20, mtime_ns, ctime_ns: 3 })
+    }
+
+    fn record(state: VolumeState) -> VolumeRecord {
+        VolumeRecord {
+            version: VERSION,
+            volume: VolumeId::random(),
+            name: VolumeName::new("pgdata").unwrap(),
+            backing: "/dev/vdb".into(),
+            nbd_socket: "/run/x.sock".into(),
+            pool_bytes: 8 << 20,
+            point_interval_ms: None,
+            copy_rate: 0,
+            size: VolumeSize::new(1 << 20).unwrap(),
+            blocks: BlockSizes::E512,
+            epoch: Epoch::new(4),
+            state,
+        }
+    }
+
+    #[test]
+    fn only_a_clean_stop_with_an_unchanged_backing_continues() {
+        let last = Lsn::new(Epoch::new(4), Seq::new(9));
+        let clean = record(VolumeState::Clean { last, identity: identity(5) });
+        let dirty = record(VolumeState::Dirty);
+        let (size, blocks) = (clean.size, clean.blocks);
+        let start = |record, size, blocks, identity: Option<Identity>| matches!(start_of(record, size, blocks, identity.as_ref()), Start::Continues { last: l } if l == last);
+        let larger = VolumeSize::new(2 << 20).unwrap();
+        let other = BlockSizes::new(4096, 4096).unwrap();
+        for (record, size, blocks, identity, continues) in [
+            (Some(&clean), size, blocks, Some(identity(5)), true),
+            (Some(&clean), size, blocks, Some(identity(6)), false),
+            (Some(&clean), size, blocks, None, false),
+            (Some(&clean), larger, blocks, Some(identity(5)), false),
+            (Some(&clean), size, other, Some(identity(5)), false),
+            (Some(&dirty), size, blocks, Some(identity(5)), false),
+            (None, size, blocks, Some(identity(5)), false),
+        ] {
+            assert_eq!(start(record, size, blocks, identity), continues);
+        }
+    }
+
+    #[test]
+    fn the_epoch_rises_at_each_start_and_never_falls_behind_a_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        assert_eq!(state.raise_epoch(&[]).unwrap(), Epoch::new(1));
+        assert_eq!(state.raise_epoch(&[]).unwrap(), Epoch::new(2));
+        let known = record(VolumeState::Dirty);
+        fs::write(dir.path().join("epoch.json"), b"{damaged").unwrap();
+        assert!(state.raise_epoch(&[]).is_err(), "nobody knows the epoch");
+        assert_eq!(state.raise_epoch(&[known]).unwrap(), Epoch::new(5));
+        assert_eq!(StateDir::open(dir.path()).unwrap_err().code.0, 2031);
+    }
+
+    #[test]
+    fn a_damaged_record_does_not_hide_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let good = record(VolumeState::Clean { last: Lsn::ZERO, identity: identity(5) });
+        state.save(&good).unwrap();
+        let volumes = dir.path().join("volumes");
+        fs::write(volumes.join(format!("{}.json", VolumeId::random())), b"{").unwrap();
+        let stolen = volumes.join(format!("{}.json", VolumeId::random()));
+        fs::copy(volumes.join(format!("{}.json", good.volume)), stolen).unwrap();
+        let (records, problems) = state.volumes().unwrap();
+        assert_eq!(records, [good.clone()]);
+        assert_eq!(problems.len(), 2);
+        state.remove(good.volume).unwrap();
+        assert!(state.volumes().unwrap().0.is_empty());
+    }
+}

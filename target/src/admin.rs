@@ -18,7 +18,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::catalogue::PointRow;
+use crate::catalogue::{PointRow, Wanted};
 use crate::daemon::{Daemon, blocking};
 use crate::replica::Replica;
 use crate::{durable_fs, enrol, problem, status, views};
@@ -172,16 +172,14 @@ async fn points(
 ) -> Result<Vec<PointInfo>, Problem> {
     let replica = daemon.replica(&volume)?;
     blocking(daemon, move |d| {
-        let rows = d.catalogue.lock().points(replica.volume, 0)?;
-        let older = rows.into_iter().filter(|row| before.is_none_or(|lsn| row.at.lsn < lsn));
-        let wanted = if limit == 0 { usize::MAX } else { limit as usize };
+        let rows = d.catalogue.lock().points(replica.volume, before, limit)?;
         let mut bytes = 0;
         let fits = |info: &PointInfo| {
             // The texts, their lengths and the numbers, rounded up.
             bytes += 128 + info.name.len() + info.volume.as_str().len();
             bytes <= ANSWER_BYTES
         };
-        Ok(older.take(wanted).map(|row| info(&volume, row)).take_while(fits).collect())
+        Ok(rows.into_iter().map(|row| info(&volume, row)).take_while(fits).collect())
     })
     .await
 }
@@ -236,8 +234,7 @@ async fn tag(
     blocking(daemon, move |d| {
         let mut made = Vec::new();
         for replica in &replicas {
-            let rows = d.catalogue.lock().points(replica.volume, 0)?;
-            let row = rows.into_iter().find(|row| row.at.lsn == lsn);
+            let row = d.catalogue.lock().find_point(replica.volume, &Wanted::At(lsn))?;
             let row = row.ok_or_else(|| {
                 problem::not_tagged(format!("{} was catching up at that moment", replica.name()))
             })?;

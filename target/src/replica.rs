@@ -26,6 +26,8 @@ pub(crate) struct Facts {
     pub(crate) durable: Lsn,
     /// Oldest place that can be opened.
     pub(crate) floor: Lsn,
+    /// Places before this one have expired; the floor follows as fast as disk and views allow.
+    pub(crate) expired: Lsn,
     /// Whether the journal's end is in an ordered stretch.
     pub(crate) order: CaptureOrder,
     /// Bytes of journal on disk.
@@ -59,6 +61,7 @@ impl Replica {
                 report: None,
                 durable: Lsn::ZERO,
                 floor: Lsn::ZERO,
+                expired: Lsn::ZERO,
                 order: CaptureOrder::CatchUp,
                 journal_bytes: 0,
                 points: PointSummary::default(),

@@ -114,23 +114,16 @@ fn problems(facts: &Facts, rpo: Option<Duration>, target: Duration) -> Vec<Probl
             Problem::harmless(3103, format!("{name} is catching up: no new points"), why, next)
                 .with_risk("older points stay; newer states cannot be recovered until it is done"),
         );
-    } else if let Some(rpo) = rpo.filter(|rpo| *rpo > target && facts.row.point_interval_ms != 0) {
-        if facts.session.is_some() {
-            let why = format!(
-                "the newest point is {} s old, wanted {} s",
-                rpo.as_secs(),
-                target.as_secs()
-            );
-            all.push(
-                Problem::harmless(
-                    3107,
-                    format!("{name} is lagging"),
-                    why,
-                    "compare change rate and link",
-                )
-                .with_risk(behind),
-            );
-        }
+    } else if let Some(rpo) = rpo
+        && rpo > target
+        && facts.row.point_interval_ms != 0
+        && facts.session.is_some()
+    {
+        let (is, wanted) = (rpo.as_secs(), target.as_secs());
+        let why = format!("the newest point is {is} s old, wanted {wanted} s");
+        let next = "compare the change rate of the volume with the speed of the link";
+        let lagging = Problem::harmless(3107, format!("{name} is lagging"), why, next);
+        all.push(lagging.with_risk(behind));
     }
     all
 }
@@ -165,6 +158,7 @@ mod tests {
             report: None,
             durable: Lsn::ZERO,
             floor: Lsn::ZERO,
+            expired: Lsn::ZERO,
             order: CaptureOrder::Ordered,
             journal_bytes: 0,
             points: PointSummary { count: 3, newest, oldest: newest },

@@ -62,16 +62,18 @@ fn expire_all(daemon: &Daemon) -> Result<(), Problem> {
 /// Rows first, then the journal: a crash in between leaves journal that the next round frees,
 /// never a row whose data is gone. Open views are pinned by the store itself.
 fn expire_points(daemon: &Daemon, replica: &Replica) -> Result<(), Problem> {
-    let points = daemon.catalogue.lock().points(replica.volume, 0)?;
+    let points = daemon.catalogue.lock().points(replica.volume, None, 0)?;
     let window = daemon.config.retention.duration();
     let expiry = retention::expire(&points, daemon.clock.now(), window);
-    if expiry.drop.is_empty() {
-        return Ok(());
+    if !expiry.drop.is_empty() {
+        daemon.catalogue.lock().drop_points(&expiry.drop)?;
+        replica.send_blocking(Work::Recount);
     }
-    daemon.catalogue.lock().drop_points(&expiry.drop)?;
-    if let Some(floor) = expiry.floor {
-        replica.send_blocking(Work::Retain { floor });
+    replica.update(|facts| facts.expired = facts.expired.max(expiry.floor.unwrap_or_default()));
+    let facts = replica.facts();
+    // Again and again while a view holds it.
+    if facts.expired > facts.floor {
+        replica.send_blocking(Work::Retain { floor: facts.expired });
     }
-    replica.send_blocking(Work::Recount);
     Ok(())
 }

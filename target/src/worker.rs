@@ -53,6 +53,9 @@ pub(crate) enum Place {
     Time(WallTime),
 }
 
+/// On a volume that is never idle, expiry gets one step (20-50 ms) in so many turns.
+const EXPIRE_TURNS: u32 = 16;
+
 /// Points that could not be recorded yet; beyond this many they wait for the next start.
 const MAX_UNRECORDED: usize = 10_000;
 
@@ -86,6 +89,7 @@ pub(crate) fn spawn(
         sender: None,
         unrecorded: Vec::new(),
         expiring: None,
+        turns: 0,
     };
     let thread = std::thread::Builder::new().name(format!("volume-{name}"));
     let thread = thread.spawn(move || worker.run(queue));
@@ -113,6 +117,8 @@ struct Worker {
     unrecorded: Vec<NewPoint>,
     /// Expiry up to this place goes on whenever there is nothing else to do.
     expiring: Option<Lsn>,
+    /// Turns since the last step of expiry.
+    turns: u32,
 }
 
 impl Worker {
@@ -127,6 +133,10 @@ impl Worker {
             self.commit();
             if !going {
                 return;
+            }
+            self.turns += 1;
+            if self.turns >= EXPIRE_TURNS {
+                self.expire_step();
             }
         }
     }
@@ -188,12 +198,12 @@ impl Worker {
             let volume = Some(open.volume);
             outbox.send(FromTarget::Refused { volume, problem, retry });
         };
-        let Some(store) = &mut self.store else {
+        // Not open, or its disk is still full: what was sent is not durable yet.
+        let working = self.store.as_mut().filter(|store| store.uncommitted_bytes() == 0);
+        let Some(store) = working else {
             let stopped = || problem::store(&open.name, &"it was not opened");
             return refuse(self.replica.facts().problem.unwrap_or_else(stopped), true);
         };
-        // An older sender's rest is not waited for: the new one begins at what is durable.
-        store.forget_uncommitted();
         let at = store.position();
         let own = Position { generation: at.generation, lsn: at.durable, chain: at.chain };
         let source =
@@ -315,7 +325,6 @@ impl Worker {
         if self.sender.as_ref().is_some_and(|s| s.accepting) {
             self.refuse(problem, true);
         }
-        self.expiring = None;
     }
 
     fn commit(&mut self) {
@@ -335,6 +344,7 @@ impl Worker {
         if !matches!(error, StoreError::DiskFull { .. }) {
             // Opened again, from the medium, when the source opens the volume.
             self.store = None;
+            self.expiring = None;
         }
         self.fail(problem);
     }
@@ -445,6 +455,7 @@ impl Worker {
     }
 
     fn expire_step(&mut self) {
+        self.turns = 0;
         let (Some(floor), Some(store)) = (self.expiring, &mut self.store) else {
             self.expiring = None;
             return;

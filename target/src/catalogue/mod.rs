@@ -103,6 +103,21 @@ pub struct PointRow {
     pub recorded: Age,
 }
 
+/// Which point is looked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// Any.
+    Newest,
+    /// One of this kind.
+    OfKind(PointKind),
+    /// The one with this number.
+    Numbered(PointId),
+    /// One with this name.
+    Named(String),
+    /// The one at this place.
+    At(Lsn),
+}
+
 /// How many points a volume has, and its ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PointSummary {
@@ -180,8 +195,19 @@ pub trait Catalogue: Send {
         upto: Lsn,
         now: Age,
     ) -> Result<(), CatalogueError>;
-    /// Newest first; `limit` 0 is all.
-    fn points(&self, volume: VolumeId, limit: u32) -> Result<Vec<PointRow>, CatalogueError>;
+    /// Newest first, those before `before`; `limit` 0 is all.
+    fn points(
+        &self,
+        volume: VolumeId,
+        before: Option<Lsn>,
+        limit: u32,
+    ) -> Result<Vec<PointRow>, CatalogueError>;
+    /// The newest point that is wanted.
+    fn find_point(
+        &self,
+        volume: VolumeId,
+        wanted: &Wanted,
+    ) -> Result<Option<PointRow>, CatalogueError>;
     fn point_summary(&self, volume: VolumeId) -> Result<PointSummary, CatalogueError>;
     fn drop_points(&mut self, points: &[PointId]) -> Result<(), CatalogueError>;
 

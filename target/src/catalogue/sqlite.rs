@@ -12,7 +12,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{
     Age, Catalogue, CatalogueError, EventRow, HostRow, NewPoint, PointRow, PointSummary, ViewRow,
-    VolumeRow,
+    VolumeRow, Wanted,
 };
 
 const VERSION: i64 = 1;
@@ -309,9 +309,34 @@ impl Catalogue for SqliteCatalogue {
         Ok(())
     }
 
-    fn points(&self, volume: VolumeId, limit: u32) -> Result<Vec<PointRow>, CatalogueError> {
-        let sql = "SELECT * FROM points WHERE volume = ? ORDER BY lsn DESC LIMIT ?";
-        self.rows(sql, params![volume.to_bytes(), sql_limit(limit)], point_row)
+    fn points(
+        &self,
+        volume: VolumeId,
+        before: Option<Lsn>,
+        limit: u32,
+    ) -> Result<Vec<PointRow>, CatalogueError> {
+        // A blob sorts after its own beginning: 17 bytes of ones lie after every place.
+        let before = before.map_or(vec![0xff; 17], |lsn| lsn_bytes(lsn).to_vec());
+        let sql = "SELECT * FROM points WHERE volume = ? AND lsn < ? ORDER BY lsn DESC LIMIT ?";
+        self.rows(sql, params![volume.to_bytes(), before, sql_limit(limit)], point_row)
+    }
+
+    fn find_point(
+        &self,
+        volume: VolumeId,
+        wanted: &Wanted,
+    ) -> Result<Option<PointRow>, CatalogueError> {
+        let (condition, value): (&str, Box<dyn rusqlite::ToSql>) = match wanted {
+            Wanted::Newest => ("?2 = 0", Box::new(0)),
+            Wanted::OfKind(kind) => ("kind = ?2", Box::new(kind.as_str())),
+            Wanted::Numbered(point) => ("point = ?2", Box::new(signed(point.get())?)),
+            Wanted::Named(name) => ("name = ?2", Box::new(name.clone())),
+            Wanted::At(lsn) => ("lsn = ?2", Box::new(lsn_bytes(*lsn))),
+        };
+        let sql = format!(
+            "SELECT * FROM points WHERE volume = ?1 AND {condition} ORDER BY lsn DESC LIMIT 1"
+        );
+        Ok(self.rows(&sql, params![volume.to_bytes(), value], point_row)?.pop())
     }
 
     fn point_summary(&self, volume: VolumeId) -> Result<PointSummary, CatalogueError> {
@@ -462,7 +487,7 @@ mod tests {
         let catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
         assert_eq!(catalogue.host(host.host).unwrap(), Some(host.clone()));
         assert_eq!(catalogue.hosts().unwrap(), [host]);
-        let kept = catalogue.points(volume.volume, 0).unwrap();
+        let kept = catalogue.points(volume.volume, None, 0).unwrap();
         let places: Vec<Lsn> = kept.iter().map(|p| p.at.lsn).collect();
         assert_eq!(places, [at(2, 1), at(1, u64::MAX)], "newest first, in the order of places");
         assert_eq!(kept[1].at, points[1]);
@@ -476,13 +501,38 @@ mod tests {
         let id = volume("v").volume;
         catalogue.add_points(id, &[point(at(1, 1), "a")], at(1, 1), Age(0)).unwrap();
         catalogue.add_points(id, &[point(at(1, 1), "again")], at(1, 1), Age(0)).unwrap();
-        let kept = catalogue.points(id, 0).unwrap();
+        let kept = catalogue.points(id, None, 0).unwrap();
         assert_eq!(kept.len(), 1);
         assert_eq!(kept[0].at.name, "a");
         catalogue.drop_points(&[kept[0].point]).unwrap();
         catalogue.add_points(id, &[point(at(1, 2), "b")], at(1, 2), Age(0)).unwrap();
-        assert!(catalogue.points(id, 1).unwrap()[0].point > kept[0].point);
+        assert!(catalogue.points(id, None, 1).unwrap()[0].point > kept[0].point);
         assert_eq!(catalogue.point_summary(id).unwrap().count, 1);
+    }
+
+    #[test]
+    fn points_are_found_by_what_people_say_and_listed_in_pieces() {
+        let (_dir, mut catalogue) = fresh();
+        let id = volume("v").volume;
+        let crash = |n| NewPoint { kind: PointKind::Crash, ..point(at(1, n), "") };
+        let points = [crash(1), point(at(1, 2), "x"), point(at(1, 3), "x"), crash(4)];
+        catalogue.add_points(id, &points, at(1, 4), Age(0)).unwrap();
+        let seq = |wanted| {
+            let found = catalogue.find_point(id, &wanted).unwrap();
+            found.map(|row| row.at.lsn.seq.get())
+        };
+        assert_eq!(seq(Wanted::Newest), Some(4));
+        assert_eq!(seq(Wanted::OfKind(PointKind::App)), Some(3));
+        assert_eq!(seq(Wanted::OfKind(PointKind::Group)), None);
+        assert_eq!(seq(Wanted::Named("x".into())), Some(3));
+        assert_eq!(seq(Wanted::Named("y".into())), None);
+        assert_eq!(seq(Wanted::At(at(1, 1))), Some(1));
+        let first = catalogue.points(id, None, 0).unwrap()[3].point;
+        assert_eq!(seq(Wanted::Numbered(first)), Some(1));
+        let piece = catalogue.points(id, Some(at(1, 4)), 2).unwrap();
+        let seqs: Vec<u64> = piece.iter().map(|row| row.at.lsn.seq.get()).collect();
+        assert_eq!(seqs, [3, 2]);
+        assert_eq!(catalogue.find_point(VolumeId::random(), &Wanted::Newest).unwrap(), None);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use farshore_blkfilter::device::{
-    Completion, Device, DeviceError, DeviceInfo, MAX_PAYLOAD, Queue, Request, Slot, SlotUse, Tag,
+    Allocation, Completion, Device, DeviceError, DeviceInfo, MAX_PAYLOAD, Queue, Request, Slot,
+    SlotUse, Tag,
 };
 use farshore_extent::{BlockSizes, Extent, VolumeSize};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -33,6 +34,12 @@ pub(crate) trait PointBytes: Send + Sync + 'static {
     fn blocks(&self) -> BlockSizes;
     /// Fills `out` with the bytes from `offset` on.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError>;
+    /// Which parts of `extent` read as zero without anything stored, in consecutive pieces that
+    /// cover it; after `max` of them the answer may end early.
+    fn zeroes(&self, extent: Extent, max: usize) -> Vec<(Extent, bool)> {
+        let _ = max;
+        vec![(extent, false)]
+    }
 }
 
 /// See the module.
@@ -106,6 +113,30 @@ impl Device for ViewDevice {
             zeroes: true,
             volatile_cache: true,
         }
+    }
+
+    fn allocation(&self, extent: Extent, max: usize) -> Vec<Allocation> {
+        let mut found: Vec<Allocation> = Vec::new();
+        for (piece, place) in self.scratch.places(extent) {
+            let parts = match place {
+                Place::Scratch => vec![(piece, false)],
+                Place::Zero => vec![(piece, true)],
+                Place::Point => self.point.zeroes(piece, max),
+            };
+            let covered = parts.last().is_some_and(|(last, _)| last.end() == piece.end());
+            for (part, zero) in parts {
+                let full = found.len() >= max;
+                match found.last_mut() {
+                    Some(last) if last.zero == zero => last.len += part.len(),
+                    _ if full => return found,
+                    _ => found.push(Allocation { len: part.len(), hole: zero, zero }),
+                }
+            }
+            if !covered {
+                break;
+            }
+        }
+        found
     }
 
     fn open_queue(self: Arc<Self>) -> Result<Box<dyn Queue>, DeviceError> {
@@ -302,6 +333,20 @@ mod tests {
         let firsts: Vec<u8> = bytes.chunks(512).map(|c| c[0]).collect();
         assert_eq!(firsts, [0xAB, 1, 0, 0xAB]);
         assert!(done(&mut *view, Request::Flush).result.is_ok());
+    }
+
+    #[test]
+    fn allocation_covers_the_range_and_knows_scratch_zeroes_and_point() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = Scratch::create(dir.path(), "s", 1 << 20).unwrap();
+        scratch.write(extent(512, 512), &[1; 512]).unwrap();
+        scratch.zero(extent(1024, 512)).unwrap();
+        let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
+        let view = ViewDevice::new("v".into(), point, scratch);
+        let map = view.allocation(extent(0, 4096), 10);
+        let parts: Vec<_> = map.iter().map(|a| (a.len, a.zero)).collect();
+        assert_eq!(parts, [(1024, false), (512, true), (2560, false)]);
+        assert_eq!(view.allocation(extent(0, 4096), 2).len(), 2);
     }
 
     #[test]

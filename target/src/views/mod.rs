@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use farshore_blkfilter::frontend::nbd::{self, Export, Exports, Server};
-use farshore_extent::{BlockSizes, Lsn, PointId, Problem, ViewId, VolumeSize, WallTime};
+use farshore_extent::{BlockSizes, Extent, Lsn, PointKind, Problem, ViewId, VolumeSize, WallTime};
 use farshore_protocol::admin::{OpenView, PointChoice, ViewInfo};
 use farshore_protocol::paths::MAX_SOCKET_PATH;
 use tokio::net::TcpListener;
@@ -21,10 +21,10 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
-use crate::catalogue::{PointRow, ViewRow};
+use crate::catalogue::{PointRow, ViewRow, Wanted};
 use crate::daemon::{Daemon, blocking};
 use crate::replica::Replica;
-use crate::store::PointReader;
+use crate::store::{Content, PointReader};
 use crate::worker::{Place, Work};
 use crate::{clock, durable_fs, problem};
 use device::{PointBytes, PointReadError, ViewDevice};
@@ -44,6 +44,14 @@ impl PointBytes for PointReader {
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError> {
         self.read_at(out, offset).map_err(|e| PointReadError(e.to_string()))
+    }
+
+    fn zeroes(&self, extent: Extent, max: usize) -> Vec<(Extent, bool)> {
+        match self.contents(extent, max) {
+            Ok(pieces) => pieces.into_iter().map(|(e, c)| (e, c == Content::Zero)).collect(),
+            // Reading it will say what is wrong.
+            Err(_) => vec![(extent, false)],
+        }
     }
 }
 
@@ -201,7 +209,7 @@ fn make(
     let point = match chosen.point {
         Some(point) => Some(point),
         // A place that happens to be a point is one.
-        None => find(daemon, &replica, |row| row.at.lsn == chosen.lsn)?,
+        None => daemon.catalogue.lock().find_point(replica.volume, &Wanted::At(chosen.lsn))?,
     };
     let time = point.as_ref().map_or(chosen.time, |row| row.at.time);
     let device = Arc::new(ViewDevice::new(view.to_string(), Box::new(reader), scratch));
@@ -284,49 +292,21 @@ async fn choose(
     replica: &Arc<Replica>,
     choice: &PointChoice,
 ) -> Result<(Place, Option<PointRow>), Problem> {
-    match choice {
+    let (wanted, words) = match choice {
         PointChoice::Time(time) => return Ok((Place::Time(*time), None)),
         PointChoice::At(lsn) => return Ok((Place::At(*lsn), None)),
-        PointChoice::Latest
-        | PointChoice::LatestApp
-        | PointChoice::Id(_)
-        | PointChoice::Name(_) => {}
-    }
-    let (choice, wanted) = (choice.clone(), replica.clone());
-    let row = blocking(daemon, move |d| {
-        let name = wanted.name();
-        let found = match &choice {
-            PointChoice::Latest => find(d, &wanted, |_| true)?,
-            PointChoice::LatestApp => {
-                find(d, &wanted, |row| row.at.kind == farshore_extent::PointKind::App)?
-            }
-            PointChoice::Id(id) => find(d, &wanted, |row| row.point == *id)?,
-            PointChoice::Name(tag) => find(d, &wanted, |row| row.at.name == *tag)?,
-            PointChoice::Time(_) | PointChoice::At(_) => None,
-        };
-        found.ok_or_else(|| problem::no_point(&name, &describe(&choice)))
+        PointChoice::Latest => (Wanted::Newest, "yet".to_owned()),
+        PointChoice::LatestApp => {
+            (Wanted::OfKind(PointKind::App), "that is application-consistent".to_owned())
+        }
+        PointChoice::Id(id) => (Wanted::Numbered(*id), id.to_string()),
+        PointChoice::Name(name) => (Wanted::Named(name.clone()), format!("named {name:?}")),
+    };
+    let replica = Arc::clone(replica);
+    let found = blocking(daemon, move |d| {
+        let row = d.catalogue.lock().find_point(replica.volume, &wanted)?;
+        row.ok_or_else(|| problem::no_point(&replica.name(), &words))
     });
-    let row = row.await?;
+    let row = found.await?;
     Ok((Place::At(row.at.lsn), Some(row)))
-}
-
-/// The newest point that is `wanted`.
-fn find(
-    daemon: &Daemon,
-    replica: &Replica,
-    wanted: impl Fn(&PointRow) -> bool,
-) -> Result<Option<PointRow>, Problem> {
-    let points = daemon.catalogue.lock().points(replica.volume, 0)?;
-    Ok(points.into_iter().find(|row| wanted(row)))
-}
-
-fn describe(choice: &PointChoice) -> String {
-    match choice {
-        PointChoice::Latest => "yet".into(),
-        PointChoice::LatestApp => "that is application-consistent".into(),
-        PointChoice::Id(id) => PointId::to_string(id),
-        PointChoice::Name(name) => format!("named {name:?}"),
-        PointChoice::Time(time) => format!("at {}", clock::show(*time)),
-        PointChoice::At(lsn) => format!("at {lsn}"),
-    }
 }

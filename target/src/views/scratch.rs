@@ -160,6 +160,10 @@ mod tests {
         Extent::new(offset, len).unwrap()
     }
 
+    fn size(n: u64) -> usize {
+        usize::try_from(n).unwrap()
+    }
+
     proptest! {
         #[test]
         fn a_scratch_over_a_point_reads_like_a_disk(
@@ -171,19 +175,19 @@ mod tests {
             for (n, (op, offset, len)) in ops.into_iter().enumerate() {
                 let len = len.min(64 - offset);
                 let extent = ext(offset, len);
-                let range = offset as usize..(offset + len) as usize;
-                let value = n as u8;
+                let range = size(offset)..size(offset + len);
+                let value = u8::try_from(n).unwrap();
                 match op {
                     0 => { scratch.zero(extent).unwrap(); model[range].fill(0) }
                     _ => {
-                        scratch.write(extent, &vec![value; len as usize]).unwrap();
+                        scratch.write(extent, &vec![value; size(len)]).unwrap();
                         model[range].fill(value);
                     }
                 }
                 let mut seen = Vec::new();
                 for (piece, place) in scratch.places(ext(0, 64)) {
                     prop_assert_eq!(piece.offset(), seen.len() as u64, "no gap, no overlap");
-                    let mut bytes = vec![0; piece.len() as usize];
+                    let mut bytes = vec![0; size(piece.len())];
                     match place {
                         Place::Scratch => scratch.read(piece.offset(), &mut bytes).unwrap(),
                         Place::Zero => {}

@@ -20,10 +20,13 @@ use crate::connection::Connection;
 /// Nothing in these tests takes so long unless it hangs.
 pub const LONG: Duration = Duration::from_secs(60);
 
+/// How to stop a daemon, and its end.
+type Running = (oneshot::Sender<()>, JoinHandle<Result<(), Problem>>);
+
 pub struct Bed {
     root: tempfile::TempDir,
     pub paths: Paths,
-    running: Option<(oneshot::Sender<()>, JoinHandle<Result<(), Problem>>)>,
+    running: Option<Running>,
 }
 
 /// An enrolled host.

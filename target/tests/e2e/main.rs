@@ -8,7 +8,9 @@ mod bed;
 mod connection;
 mod source;
 
+mod damage;
 mod enrolment;
 mod hostile;
 mod points_and_views;
 mod replication;
+mod tls_views;

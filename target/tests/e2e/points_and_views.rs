@@ -60,7 +60,7 @@ async fn open(bed: &Bed, point: PointChoice, scratch_bytes: u64) -> ViewInfo {
     }
 }
 
-async fn run(program: &str, arguments: Vec<String>) -> (bool, String) {
+pub async fn run(program: &str, arguments: Vec<String>) -> (bool, String) {
     let mut command = Command::new(program);
     // The system's Python has the nbd module, whatever another one in PATH has.
     command.args(arguments).env("PATH", "/usr/bin:/bin");
@@ -75,7 +75,11 @@ fn uri(view: &ViewInfo) -> String {
 }
 
 async fn content(view: &ViewInfo, dir: &Path) -> Vec<u8> {
-    let file = dir.join(format!("{}.img", view.view));
+    copy(view, &dir.join(format!("{}.img", view.view))).await
+}
+
+/// Everything that the view shows, read by nbdcopy into `file`.
+pub async fn copy(view: &ViewInfo, file: &Path) -> Vec<u8> {
     let (ok, text) = run("nbdcopy", vec![uri(view), file.display().to_string()]).await;
     assert!(ok, "{text}");
     std::fs::read(file).unwrap()

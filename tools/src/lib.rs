@@ -18,6 +18,7 @@ mod demo;
 mod exit;
 mod explain;
 mod failover;
+mod filterd_file;
 mod hosts;
 mod journal;
 mod output;

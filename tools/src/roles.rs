@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use farshore_agent::EnrollOptions;
 use farshore_agent::config::Config as AgentConfig;
+use farshore_blkfilter::filterd::Shutdown;
 use farshore_extent::{Problem, VolumeName};
 use farshore_protocol::token::{Token, TokenError};
 use farshore_target::config::Config as TargetConfig;
@@ -13,6 +14,7 @@ use farshore_target::{InitOptions, init};
 
 use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
+use crate::filterd_file;
 use crate::output::Out;
 
 /// `target …`
@@ -66,10 +68,6 @@ fn target_run(global: &Global) -> Result<Exit, Failure> {
     };
     runtime()?.block_on(farshore_target::run(config, paths, asked_to_stop()))?;
     Ok(Exit::Ok)
-}
-
-fn not_yet(what: &str) -> Problem {
-    Problem::harmless(1909, format!("this build has no {what}"), "", "")
 }
 
 fn target_init(options: &InitOptions, global: &Global, out: &Out) -> Result<Exit, Failure> {
@@ -147,14 +145,16 @@ fn bad_token(why: &TokenError) -> Problem {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
-    tokio::runtime::Runtime::new().map_err(|e| {
-        Problem::harmless(
-            2901,
-            "cannot start: the system gives no threads or descriptors",
-            e.to_string(),
-            "look at the limits of this user (ulimit -a)",
-        )
-    })
+    tokio::runtime::Runtime::new().map_err(|e| no_resources(&e))
+}
+
+fn no_resources(error: &std::io::Error) -> Problem {
+    Problem::harmless(
+        2901,
+        "cannot start: the system gives no threads or descriptors",
+        error.to_string(),
+        "look at the limits of this user (ulimit -a)",
+    )
 }
 
 /// SIGTERM or SIGINT: stop in order.
@@ -191,18 +191,32 @@ fn given_config(global: &Global) -> Result<Option<(String, String)>, Problem> {
     let name = file.display().to_string();
     match std::fs::read_to_string(file) {
         Ok(text) => Ok(Some((text, name))),
-        Err(e) => Err(Problem::harmless(
-            1902,
-            format!("the configuration {name} cannot be read"),
-            e.to_string(),
-            "check the path given with --config",
-        )),
+        Err(e) => Err(cannot_read(&name, &e)),
     }
 }
 
+/// A configuration file that is there, or was given, and cannot be read.
+pub fn cannot_read(name: &str, error: &std::io::Error) -> Problem {
+    Problem::harmless(
+        1902,
+        format!("the configuration {name} cannot be read"),
+        error.to_string(),
+        "check the path and who may read it",
+    )
+}
+
 /// `farshore filterd`.
-pub fn filterd(_global: &Global) -> Result<Exit, Failure> {
-    Err(not_yet("source daemon").into())
+pub fn filterd(global: &Global) -> Result<Exit, Failure> {
+    // Before any thread: later ones must not take the signals.
+    let shutdown = Shutdown::on_signals().map_err(|e| no_resources(&e))?;
+    start_log(global);
+    let paths = global.paths();
+    let config = match given_config(global)? {
+        Some((text, name)) => filterd_file::parse(&text, &name, &paths)?,
+        None => filterd_file::load(&paths)?,
+    };
+    farshore_blkfilter::filterd::run(config, &shutdown)?;
+    Ok(Exit::Ok)
 }
 
 /// `farshore agent`.
@@ -221,7 +235,8 @@ pub fn agent(global: &Global) -> Result<Exit, Failure> {
 pub fn config(command: &ConfigCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let ConfigCommand::Check = command;
     let paths = global.paths();
-    let checks: [(PathBuf, Option<Problem>); 2] = [
+    let checks: [(PathBuf, Option<Problem>); 3] = [
+        (filterd_file::path(&paths), filterd_file::load(&paths).err()),
         (TargetConfig::file(&paths), TargetConfig::load(&paths).err()),
         (AgentConfig::file(&paths), AgentConfig::load(&paths).err()),
     ];

@@ -1,0 +1,103 @@
+//! `filterd.toml`: the settings of the source daemon. Unknown keys are refused.
+
+use std::path::PathBuf;
+
+use farshore_blkfilter::filterd::Config;
+use farshore_extent::Problem;
+use farshore_protocol::config::{ByteRate, ByteSize, CODE_VALUE, Millis, parse_toml};
+use farshore_protocol::paths::Paths;
+use serde::Deserialize;
+
+/// Everything that can be set; what is left out keeps its default.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    /// Memory that holds the writes of a volume until they are safe at the target.
+    pool: Option<ByteSize>,
+    /// Limit of the copy loop.
+    copy_rate: Option<ByteRate>,
+    /// At a stop: how long clients may take to finish.
+    client_grace: Option<Millis>,
+    /// At a stop: how long to wait until everything is durable at the target.
+    release_grace: Option<Millis>,
+    /// Lock the daemon's memory and be an I/O flusher.
+    harden: Option<bool>,
+    /// Users, by name or number, who may use the control socket besides the daemon's own.
+    users: Vec<String>,
+    /// Groups, by name or number, whose members may use the control socket.
+    groups: Vec<String>,
+}
+
+/// The usual file.
+pub fn path(paths: &Paths) -> PathBuf {
+    paths.etc.join("filterd.toml")
+}
+
+/// The settings in `text`, the content of the file `name`.
+///
+/// # Errors
+/// FS-11xx with line, column and what was probably meant.
+pub fn parse(text: &str, name: &str, paths: &Paths) -> Result<Config, Problem> {
+    let file: File = parse_toml(text, name)?;
+    let mut config = Config::new(paths.state.join("filterd"), paths.run.clone());
+    config.control_socket = paths.filterd_socket();
+    file.pool.into_iter().for_each(|v| config.pool_bytes = v.bytes());
+    file.copy_rate.into_iter().for_each(|v| config.copy_rate = v.bytes_per_second());
+    file.client_grace.into_iter().for_each(|v| config.client_grace = v.duration());
+    file.release_grace.into_iter().for_each(|v| config.release_grace = v.duration());
+    file.harden.into_iter().for_each(|v| config.harden = v);
+    let unknown = |kind: &str, word: &str| {
+        Problem::harmless(
+            CODE_VALUE,
+            format!("{name}: the configuration cannot be used"),
+            format!("there is no {kind} `{word}` on this host"),
+            "correct the value and start again",
+        )
+    };
+    for word in &file.users {
+        let named = || nix::unistd::User::from_name(word).ok().flatten().map(|u| u.uid.as_raw());
+        let uid = word.parse().ok().or_else(named).ok_or_else(|| unknown("user", word))?;
+        config.access.uids.push(uid);
+    }
+    for word in &file.groups {
+        let named = || nix::unistd::Group::from_name(word).ok().flatten().map(|g| g.gid.as_raw());
+        let gid = word.parse().ok().or_else(named).ok_or_else(|| unknown("group", word))?;
+        config.access.gids.push(gid);
+    }
+    Ok(config)
+}
+
+/// Reads the usual file; without one, the defaults.
+///
+/// # Errors
+/// FS-11xx, or FS-1902 when it may not be read.
+pub fn load(paths: &Paths) -> Result<Config, Problem> {
+    let file = path(paths);
+    let name = file.display().to_string();
+    match std::fs::read_to_string(&file) {
+        Ok(text) => parse(&text, &name, paths),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => parse("", &name, paths),
+        Err(e) => Err(crate::roles::cannot_read(&name, &e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn settings_are_read_and_unknown_ones_refused() {
+        let paths = Paths::under(Path::new("/x"));
+        let text = "pool = \"64MiB\"\ncopy_rate = \"40MiB/s\"\nusers = [\"root\", \"1000\"]\n";
+        let config = parse(text, "filterd.toml", &paths).unwrap();
+        assert_eq!((config.pool_bytes, config.copy_rate), (64 << 20, 40 << 20));
+        assert_eq!(config.access.uids, [0, 1000]);
+        assert_eq!(config.control_socket, paths.filterd_socket());
+        let wrong = parse("poool = \"64MiB\"", "filterd.toml", &paths).unwrap_err();
+        assert!(wrong.next.contains("pool"), "{}", wrong.next);
+        let nobody = parse("users = [\"no-such-user-here\"]", "filterd.toml", &paths);
+        assert_eq!(nobody.unwrap_err().code.0, CODE_VALUE);
+    }
+}

@@ -35,10 +35,10 @@ pub struct EncodedBatch {
 }
 
 /// Zeroes are looked for in pieces of this many bytes: what file systems zero.
-const ZERO_UNIT: u64 = 4096;
+const ZERO_UNIT: usize = 4096;
 
 /// Records with several zero pieces may split; this many are kept free for one write.
-const SPLIT_ROOM: usize = MAX_RECORD_PAYLOAD / ZERO_UNIT as usize + 2;
+const SPLIT_ROOM: usize = MAX_RECORD_PAYLOAD / ZERO_UNIT + 2;
 
 /// Gathers records of one volume and one epoch until a batch is full.
 pub struct BatchBuilder {
@@ -251,8 +251,7 @@ impl<'a> Iterator for ZeroPieces<'a> {
         if self.data.is_empty() {
             return None;
         }
-        let unit = ZERO_UNIT as usize;
-        let piece = |at: usize| &self.data[at..self.data.len().min(at + unit)];
+        let piece = |at: usize| &self.data[at..self.data.len().min(at + ZERO_UNIT)];
         let zero = is_zero(piece(0));
         let mut end = piece(0).len();
         while end < self.data.len() && is_zero(piece(end)) == zero {

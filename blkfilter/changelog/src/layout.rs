@@ -159,3 +159,44 @@ pub(crate) fn i64_at(bytes: &[u8], at: core::ops::Range<usize>) -> i64 {
 pub(crate) fn len_at(bytes: &[u8], at: core::ops::Range<usize>) -> usize {
     u32_at(bytes, at) as usize
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rows `| offset | length | `field` |` below the heading of a layout.
+    fn documented(name: &str) -> Vec<(String, usize, usize)> {
+        let text = include_str!("../FORMAT.md");
+        let (_, section) = text.split_once(&format!("### `{name}`\n")).unwrap();
+        let section = section.split("\n#").next().unwrap();
+        let row = |line: &str| {
+            let mut cells = line.split('|').map(str::trim).skip(1);
+            let offset = cells.next()?.parse().ok()?;
+            let len = cells.next()?.parse().ok()?;
+            let field = cells.next()?.strip_prefix('`')?.strip_suffix('`')?;
+            Some((field.to_owned(), offset, len))
+        };
+        section.lines().filter_map(row).collect()
+    }
+
+    #[test]
+    fn format_md_says_what_the_code_does() {
+        let layouts = [
+            ("header", header::FIELDS),
+            ("record", record::FIELDS),
+            ("frame", frame::FIELDS),
+            ("segment_header", segment_header::FIELDS),
+            ("segment_trailer", segment_trailer::FIELDS),
+            ("footer_page", footer_page::FIELDS),
+            ("batch_place", batch_place::FIELDS),
+            ("event", event::FIELDS),
+            ("frame_place", frame_place::FIELDS),
+            ("index_entry", index_entry::FIELDS),
+        ];
+        for (name, fields) in layouts {
+            let code: Vec<_> =
+                fields.iter().map(|(f, at, len)| ((*f).to_owned(), *at, *len)).collect();
+            assert_eq!(documented(name), code, "layout `{name}`");
+        }
+    }
+}

@@ -29,10 +29,10 @@ impl<K: Ord + Clone, V: Clone> Cache<K, V> {
             self.by_age.remove(&used);
         }
         self.by_age.insert(self.tick, key);
-        if self.values.len() > self.capacity {
-            if let Some((_, oldest)) = self.by_age.pop_first() {
-                self.values.remove(&oldest);
-            }
+        if self.values.len() > self.capacity
+            && let Some((_, oldest)) = self.by_age.pop_first()
+        {
+            self.values.remove(&oldest);
         }
     }
 }

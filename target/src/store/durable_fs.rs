@@ -13,11 +13,11 @@ use std::sync::Arc;
 
 use farshore_extent::Extent;
 use nix::errno::Errno;
-use nix::fcntl::{fallocate, posix_fadvise, FallocateFlags, Flock, FlockArg, OFlag};
 use nix::fcntl::PosixFadviseAdvice as Advice;
-use nix::unistd::{lseek, Whence};
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate, posix_fadvise};
+use nix::unistd::{Whence, lseek};
 
-use super::disk::{AlignedBuf, Disk, DiskFile, FileKind, Stretch, ALIGN};
+use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind, Stretch};
 
 const LOCK: &str = "lock";
 
@@ -63,6 +63,8 @@ impl FileDisk {
         if kind == FileKind::Journal {
             // Readahead would only fetch what is about to be written directly.
             let _ = posix_fadvise(&file, 0, 0, Advice::POSIX_FADV_RANDOM);
+            // After a failed sync the page cache may show what never reached the medium.
+            let _ = posix_fadvise(&file, 0, 0, Advice::POSIX_FADV_DONTNEED);
             let flags = (OFlag::O_DIRECT | OFlag::O_DSYNC).bits();
             let mut options = OpenOptions::new();
             options.write(true).custom_flags(flags);

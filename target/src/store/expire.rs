@@ -7,14 +7,14 @@
 use std::io;
 use std::sync::Arc;
 
-use farshore_extent::{CaptureOrder, Extent, ExtentSet, Lsn, VolumeSize, WallTime, SECTOR};
+use farshore_extent::{CaptureOrder, Extent, ExtentSet, Lsn, SECTOR, VolumeSize, WallTime};
 
-use super::error::{is_full, ReadError, StoreError};
+use super::Store;
+use super::error::{ReadError, StoreError, is_full};
 use super::limits::MAX_UNKNOWN;
-use super::segment::{guard, Pages, Segment};
+use super::segment::{Pages, Segment, guard};
 use super::segment_files::write_zeroes;
 use super::view::{PointReader, Source};
-use super::Store;
 
 /// Pieces written to the base at once, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -214,10 +214,7 @@ impl Store {
     }
 
     /// Runs a write to the base; on a full disk gives up the reserve and tries again.
-    fn with_reserve(
-        &mut self,
-        write: impl Fn(&Self) -> io::Result<()>,
-    ) -> Result<(), StoreError> {
+    fn with_reserve(&mut self, write: impl Fn(&Self) -> io::Result<()>) -> Result<(), StoreError> {
         loop {
             match write(self) {
                 Err(e) if is_full(&e) && self.give_up_reserve() => {}
@@ -231,7 +228,9 @@ impl Store {
         while let Some(rest) = Extent::between(at, extent.end()) {
             let here = self.base.stretch(rest)?;
             let end = here.end.clamp(at + 1, rest.end());
-            if let Some(data) = Extent::between(at, end).filter(|_| !here.hole) {
+            if let Some(data) =
+                Extent::between(at, end).filter(|_| !here.hole || self.distrust_holes)
+            {
                 let punched = data.len() >= PUNCH_FROM && self.base.punch(data).is_ok();
                 if !punched {
                     write_zeroes(self.base.as_ref(), data.offset(), data.end())?;
@@ -257,6 +256,7 @@ impl Store {
         if !faults.super_before_base_sync {
             self.sync_base(size)?;
         }
+        self.distrust_holes = false;
         self.sb.base = to;
         self.sb.base_time = time;
         self.sb.base_order = order;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use farshore_changelog::{BatchHeader, RawBatch, Record, SegmentHeader, SegmentTrailer};
 
-use super::disk::{Disk, DiskFile, FileKind, ALIGN};
+use super::disk::{ALIGN, Disk, DiskFile, FileKind};
 use super::error::StoreError;
 use super::segment::{file_name, id_in_name};
 use super::superblock::{self, Super};

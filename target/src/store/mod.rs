@@ -24,6 +24,7 @@ pub mod limits;
 mod order;
 mod query;
 mod recover;
+mod scan;
 mod segment;
 mod segment_files;
 mod sim_disk;
@@ -41,12 +42,12 @@ use farshore_extent::{
 };
 
 pub use append::Committed;
-pub use disk::{AlignedBuf, Disk, DiskFile, FileKind, Stretch, ALIGN};
+pub use disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind, Stretch};
 pub use durable_fs::FileDisk;
 pub use error::{AppendError, ReadError, StoreError, ViewError};
 pub use expire::{ExpireProgress, Held};
 pub use faults::Faults;
-pub use inspect::{inspect, inspect_segment, InspectedBatch, InspectedSegment};
+pub use inspect::{InspectedBatch, InspectedSegment, inspect, inspect_segment};
 pub use order::{CommittedPoint, OrderedStretch, StoreEvent};
 pub use recover::{Damage, RecoveryReport};
 pub use sim_disk::{SimDisk, SimFaults};
@@ -169,6 +170,8 @@ pub struct Store {
     undelivered: Vec<StoreEvent>,
     pins: Pins,
     expiry: Option<expire::Expiry>,
+    /// A merge was interrupted: holes of the base may be there in the page cache only.
+    distrust_holes: bool,
     /// Segments below the base that a view still reads.
     doomed: Vec<Arc<Segment>>,
     poisoned: Option<String>,

@@ -4,10 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use farshore_changelog::{order_after, Marker, MarkerState, RecordBody, SegmentEvent};
-use farshore_extent::{
-    CaptureOrder, GroupId, Lsn, MarkerId, PointKind, VolumeSize, WallTime,
-};
+use farshore_changelog::{Marker, MarkerState, RecordBody, SegmentEvent, order_after};
+use farshore_extent::{CaptureOrder, GroupId, Lsn, MarkerId, PointKind, VolumeSize, WallTime};
 
 use super::limits::MAX_PENDING_MARKERS;
 

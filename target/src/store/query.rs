@@ -5,11 +5,11 @@ use std::sync::Arc;
 use farshore_changelog::BatchPlace;
 use farshore_extent::{CaptureOrder, Lsn, WallTime};
 
+use super::Store;
 use super::error::{StoreError, ViewError};
 use super::order::{OrderBook, OrderedStretch, StoreEvent};
 use super::segment::Segment;
 use super::view::{Parts, Pin, PointReader};
-use super::Store;
 
 impl Store {
     /// Whether the state at `lsn` is one the volume really had.

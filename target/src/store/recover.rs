@@ -9,17 +9,17 @@ use std::sync::{Arc, Mutex};
 
 use farshore_changelog::limits::MAX_SEGMENT_BYTES;
 use farshore_changelog::{
-    BatchError, BatchHeader, RawBatch, SegmentError, SegmentHeader, SegmentId,
-    SegmentIndexBuilder, SegmentTrailer,
+    SegmentError, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer,
 };
-use farshore_extent::{CaptureOrder, Chain, ExtentSet, Generation, Lsn, VolumeId, VolumeSize};
+use farshore_extent::{CaptureOrder, Chain, ExtentSet, Lsn, VolumeSize};
 
-use super::disk::{AlignedBuf, Disk, DiskFile, FileKind, ALIGN};
+use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind};
 use super::error::StoreError;
 use super::limits::MAX_GROUP_BYTES;
 use super::order::OrderBook;
-use super::segment::{file_name, id_in_name, read_head, Segment};
-use super::segment_files::{is_spare, write_zeroes};
+use super::scan::Scan;
+use super::segment::{Segment, file_name, id_in_name, read_head};
+use super::segment_files::is_spare;
 use super::superblock::{self, Super};
 use super::{OpenSegment, Store, StoreConfig, StoreMeta};
 
@@ -162,15 +162,14 @@ impl Store {
         let super_file = match disk.open(superblock::NAME, FileKind::Plain) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Err(StoreError::NotAStore)
+                return Err(StoreError::NotAStore);
             }
             Err(e) => return Err(StoreError::io("opening super", e)),
         };
         let (mut sb, health) = Super::load(super_file.as_ref())?;
         health.repair(super_file.as_ref())?;
-        let base = disk
-            .open(BASE, FileKind::Plain)
-            .map_err(|e| StoreError::io("opening base.img", e))?;
+        let base =
+            disk.open(BASE, FileKind::Plain).map_err(|e| StoreError::io("opening base.img", e))?;
         if config.faults.floor_lowered_after_crash {
             sb.floor = sb.base;
         }
@@ -285,14 +284,14 @@ impl Walk {
             self.put_aside(id)?;
             return Ok(Next::Stop);
         }
-        if let Some(trailer) = self.trailer(file.as_ref(), &header)? {
-            if let Ok(head) = read_head(file.as_ref(), &header, &trailer) {
-                self.report.sealed += 1;
-                self.note(head.batches.iter().map(|b| (b.last(), b.chain)));
-                self.reach(trailer.last, trailer.chain, trailer.size, trailer.order);
-                self.segments.push(Arc::new(Segment::sealed(header, trailer, head, file)));
-                return Ok(Next::Go);
-            }
+        if let Some(trailer) = self.trailer(file.as_ref(), &header)?
+            && let Ok(head) = read_head(file.as_ref(), &header, &trailer)
+        {
+            self.report.sealed += 1;
+            self.note(head.batches.iter().map(|b| (b.last(), b.chain)));
+            self.reach(trailer.last, trailer.chain, trailer.size, trailer.order);
+            self.segments.push(Arc::new(Segment::sealed(header, trailer, head, file)));
+            return Ok(Next::Go);
         }
         self.scan(header, file, next)
     }
@@ -379,9 +378,8 @@ impl Walk {
             super_claims: !follows && self.sb.durable > self.at,
             later_segment: next.is_some() && !follows,
         });
-        let in_memory = |scan: &Scan| {
-            Arc::new(Segment::in_memory(&scan.builder, Arc::clone(&scan.file)))
-        };
+        let in_memory =
+            |scan: &Scan| Arc::new(Segment::in_memory(&scan.builder, Arc::clone(&scan.file)));
         match judgement {
             _ if follows => self.segments.push(in_memory(&scan)),
             Judgement::Damaged => {
@@ -486,115 +484,11 @@ impl Walk {
             undelivered: Vec::new(),
             pins: Arc::new(Mutex::new(BTreeMap::new())),
             expiry: None,
+            distrust_holes: self.report.apply_pending,
             doomed: Vec::new(),
             poisoned: None,
             _lock: lock,
         };
         Ok((store, self.report))
-    }
-}
-
-/// The end of what can be read in a segment.
-#[derive(Debug, Clone, Copy)]
-struct Tail {
-    /// The first byte that is not read.
-    place: u64,
-    /// There is something behind that place.
-    something: bool,
-    /// End of the last batch header found behind it.
-    end: u64,
-    /// Highest place that a later batch of this history knew to be durable.
-    claimed: Lsn,
-}
-
-/// The tail is read in pieces of this many bytes.
-const PIECE: usize = 1 << 20;
-
-/// Reading one unsealed segment.
-struct Scan {
-    builder: SegmentIndexBuilder,
-    file: Arc<dyn DiskFile>,
-    volume: VolumeId,
-    generation: Generation,
-}
-
-impl Scan {
-    fn capacity(&self) -> u64 {
-        self.builder.header().capacity
-    }
-
-    fn read(&self, len: usize, at: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        if at + len as u64 > self.capacity() {
-            return Ok(None);
-        }
-        let mut bytes = vec![0; len];
-        match self.file.read_at(&mut bytes, at) {
-            Ok(()) => Ok(Some(bytes)),
-            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(e) => {
-                let name = file_name(self.builder.header().segment);
-                Err(StoreError::io(format!("reading {name} at {at}"), e))
-            }
-        }
-    }
-
-    /// Takes the batch at the end of what was read so far; false when there is none.
-    fn one(&mut self, any_chain: bool) -> Result<bool, StoreError> {
-        let place = self.builder.end();
-        let Some(block) = self.read(ALIGN, place)? else { return Ok(false) };
-        let Ok(header) = BatchHeader::parse(&block) else { return Ok(false) };
-        if !self.follows(&header, any_chain) {
-            return Ok(false);
-        }
-        let Some(bytes) = self.read(header.total_len(), place)? else { return Ok(false) };
-        match RawBatch::parse(&bytes).and_then(RawBatch::check) {
-            Ok(batch) => {
-                self.builder.push(&batch, place);
-                Ok(true)
-            }
-            Err(BatchError::Version(v)) => Err(StoreError::Version(v)),
-            Err(_) => Ok(false),
-        }
-    }
-
-    fn follows(&self, header: &BatchHeader, any_chain: bool) -> bool {
-        header.volume == self.volume
-            && header.prev == self.builder.last()
-            && (any_chain || header.prev_chain == self.builder.chain())
-            && header.generation <= self.generation
-    }
-
-    /// Looks behind the last good batch. Batches that an earlier life of the file left behind lie
-    /// at or before the last good place and count as nothing.
-    fn tail(&self) -> Result<Tail, StoreError> {
-        let last = self.builder.last();
-        let place = self.builder.end();
-        let mut tail = Tail { place, something: false, end: place, claimed: Lsn::ZERO };
-        let mut at = place;
-        while at < self.capacity() {
-            let piece = usize::try_from(self.capacity() - at).unwrap_or(PIECE).min(PIECE);
-            let Some(bytes) = self.read(piece, at)? else { break };
-            for block in bytes.chunks(ALIGN) {
-                at += block.len() as u64;
-                let Ok(header) = BatchHeader::parse(block) else { continue };
-                if header.volume == self.volume && header.last() > last {
-                    tail.something = true;
-                    tail.end = at;
-                    tail.claimed = tail.claimed.max(header.durable);
-                }
-            }
-        }
-        Ok(tail)
-    }
-
-    /// Wipes what lies behind the last good batch, so that it can never be taken for a part of
-    /// the history that comes now.
-    fn cut(&self, tail: Tail) -> Result<(), StoreError> {
-        let done = write_zeroes(self.file.as_ref(), tail.place, tail.end)
-            .and_then(|()| self.file.sync());
-        done.map_err(|e| {
-            let name = file_name(self.builder.header().segment);
-            StoreError::io(format!("cutting the torn tail of {name}"), e)
-        })
     }
 }

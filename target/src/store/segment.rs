@@ -6,13 +6,14 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farshore_changelog::{
-    parse_frame_page, parse_run_page, BatchPlace, FooterHead, FramePlace, IndexEntry, RawBatch,
-    SegmentEvent, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer, ENTRIES_PER_PAGE,
+    BatchPlace, ENTRIES_PER_PAGE, FooterHead, FramePlace, IndexEntry, RawBatch, SegmentEvent,
+    SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer, parse_frame_page,
+    parse_run_page,
 };
 use farshore_extent::{Lsn, VolumeSize, WallTime};
 
 use super::cache::Cache;
-use super::disk::{DiskFile, ALIGN};
+use super::disk::{ALIGN, DiskFile};
 use super::error::StoreError;
 
 /// Name of a segment's file.
@@ -194,16 +195,13 @@ pub(crate) fn read_head(
 
 /// Index pages read so far, bounded; shared by all threads of a view.
 pub(crate) struct Pages {
-    run: Mutex<Cache<(SegmentId, usize), Arc<Vec<IndexEntry>>>>,
-    frames: Mutex<Cache<(SegmentId, usize), Arc<Vec<FramePlace>>>>,
+    run: PageCache<IndexEntry>,
+    frames: PageCache<FramePlace>,
 }
 
 impl Pages {
     pub(crate) const fn new(capacity: usize) -> Self {
-        Self {
-            run: Mutex::new(Cache::new(capacity)),
-            frames: Mutex::new(Cache::new(capacity)),
-        }
+        Self { run: Mutex::new(Cache::new(capacity)), frames: Mutex::new(Cache::new(capacity)) }
     }
 
     fn run(
@@ -243,8 +241,8 @@ fn page<T>(
     // Read outside of the lock: another thread may read the same page, which is harmless.
     let mut bytes = vec![0; ALIGN];
     segment.read(&mut bytes, place)?;
-    let parsed = parse(&bytes)
-        .map_err(|source| StoreError::Segment { segment: segment.id(), source })?;
+    let parsed =
+        parse(&bytes).map_err(|source| StoreError::Segment { segment: segment.id(), source })?;
     let parsed = Arc::new(parsed);
     guard(cache).put(key, Arc::clone(&parsed));
     Ok(parsed)

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use farshore_changelog::{FooterHead, SegmentHeader, SegmentIndexBuilder};
 use farshore_extent::Lsn;
 
-use super::disk::{AlignedBuf, Disk, DiskFile, FileKind, ALIGN};
-use super::error::{is_full, StoreError};
+use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind};
+use super::error::{StoreError, is_full};
 use super::limits::MAX_SPARES;
-use super::segment::{file_name, Index, Segment};
+use super::segment::{Index, Segment, file_name};
 use super::{OpenSegment, Store};
 
 const SPARE: &str = "spare-";
@@ -194,9 +194,10 @@ impl Store {
 
     /// All segments, oldest first, the open one as it is now.
     pub(super) fn all_segments(&self) -> Vec<Arc<Segment>> {
-        let open = self.open.as_ref().map(|open| {
-            Arc::new(Segment::in_memory(&open.builder, Arc::clone(&open.file)))
-        });
+        let open = self
+            .open
+            .as_ref()
+            .map(|open| Arc::new(Segment::in_memory(&open.builder, Arc::clone(&open.file))));
         self.segments.iter().cloned().chain(open).collect()
     }
 

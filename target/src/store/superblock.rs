@@ -11,7 +11,7 @@ use farshore_extent::{
     WallTime,
 };
 
-use super::disk::{AlignedBuf, DiskFile, ALIGN};
+use super::disk::{ALIGN, AlignedBuf, DiskFile};
 use super::error::StoreError;
 use super::limits::MAX_UNKNOWN;
 
@@ -276,3 +276,50 @@ impl Cursor<'_> {
 }
 
 const _: () = assert!(8 + 8 + 16 + 80 + 16 + 8 + 8 + MAX_UNKNOWN * 16 <= CRC_AT);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_super_block_has_the_places_that_format_md_gives() {
+        let lsn = |n| Lsn::new(Epoch::new(n), Seq::new(n + 1));
+        let sb = Super {
+            version: 0x11,
+            volume: VolumeId::from_bytes([0x22; 16]),
+            generation: Generation::new(0x33),
+            floor: lsn(0x50),
+            base: lsn(0x40),
+            base_time: WallTime::from_nanos(-2),
+            base_order: CaptureOrder::Ordered,
+            size: VolumeSize::new(0x6600).unwrap(),
+            blocks: BlockSizes::E512,
+            first_segment: SegmentId::new(0x77),
+            durable: lsn(0x80),
+            created: WallTime::from_nanos(0x99),
+            unknown: [Extent::new(0xa00, 0xb00).unwrap()].into_iter().collect(),
+        };
+        let bytes = sb.encode().unwrap();
+        assert_eq!(Super::parse(&bytes), Ok(sb));
+        let text = include_str!("FORMAT.md");
+        let place = |field: &str| -> usize {
+            let row = text.lines().find(|l| l.contains(&format!("| `{field}` |"))).unwrap();
+            row.split('|').nth(1).unwrap().trim().parse().unwrap()
+        };
+        let at = |field| Cursor { bytes: bytes[..].try_into().unwrap(), at: place(field) };
+        assert_eq!(at("magic").take(), MAGIC);
+        assert_eq!(at("format").u16(), 1);
+        assert_eq!(at("base_order").take(), [1]);
+        assert_eq!(at("volume").take(), [0x22; 16]);
+        assert_eq!(at("version").u64(), 0x11);
+        assert_eq!(at("generation").u64(), 0x33);
+        assert_eq!((at("floor").lsn(), at("base").lsn()), (lsn(0x50), lsn(0x40)));
+        assert_eq!((at("size").u64(), at("first_segment").u64()), (0x6600, 0x77));
+        assert_eq!(at("durable").lsn(), lsn(0x80));
+        assert_eq!(at("base_time").time().nanos(), -2);
+        assert_eq!(at("created").time().nanos(), 0x99);
+        assert_eq!((at("block_logical").u32(), at("block_physical").u32()), (512, 4096));
+        assert_eq!((at("unknown_count").u64(), at("unknown").u64()), (1, 0xa00));
+        assert_eq!(place("crc"), CRC_AT);
+    }
+}

@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use farshore_changelog::{IndexEntry, IndexPlace, SegmentId};
-use farshore_extent::{BlockSizes, Extent, ExtentSet, Lsn, VolumeSize, SECTOR};
+use farshore_extent::{BlockSizes, Extent, ExtentSet, Lsn, SECTOR, VolumeSize};
 
 use super::cache::Cache;
 use super::disk::DiskFile;
 use super::error::{ReadError, StoreError};
 use super::limits::{VIEW_FRAMES, VIEW_PAGES};
-use super::segment::{guard, Pages, Segment};
+use super::segment::{Pages, Segment, guard};
 
 /// Places that views hold; apply must not pass the smallest.
 pub(crate) type Pins = Arc<Mutex<BTreeMap<u64, Lsn>>>;
@@ -260,7 +260,12 @@ impl PointReader {
         Ok(())
     }
 
-    pub(super) fn frame(&self, layer: usize, frame: u32, piece: Extent) -> Result<Arc<Vec<u8>>, ReadError> {
+    pub(super) fn frame(
+        &self,
+        layer: usize,
+        frame: u32,
+        piece: Extent,
+    ) -> Result<Arc<Vec<u8>>, ReadError> {
         let segment = &self.layers[layer];
         let key = (segment.id(), frame);
         if let Some(hit) = guard(&self.frames).get(&key) {
@@ -315,13 +320,13 @@ fn split(
 }
 
 fn push(out: &mut Vec<(Extent, Content)>, piece: Extent, content: Content) {
-    if let Some((last, kind)) = out.last_mut() {
-        if *kind == content && last.end() == piece.offset() {
-            if let Some(joined) = Extent::between(last.offset(), piece.end()) {
-                *last = joined;
-                return;
-            }
-        }
+    if let Some((last, kind)) = out.last_mut()
+        && *kind == content
+        && last.end() == piece.offset()
+        && let Some(joined) = Extent::between(last.offset(), piece.end())
+    {
+        *last = joined;
+        return;
     }
     out.push((piece, content));
 }

@@ -1,4 +1,7 @@
 //! Tests of the store on simulated and real files.
 
 mod crash;
+mod damage;
+mod real_files;
+mod recovery_table;
 mod source;

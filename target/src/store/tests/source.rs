@@ -8,7 +8,7 @@ use farshore_changelog::{
 };
 use farshore_extent::{
     BlockSizes, CaptureOrder, Chain, Epoch, Extent, Generation, GroupId, Lsn, MarkerId, PointKind,
-    Seq, VolumeId, VolumeSize, WallTime, SECTOR,
+    SECTOR, Seq, VolumeId, VolumeSize, WallTime,
 };
 
 use crate::store::{AppendError, Faults, PointReader, ReadError, Store, StoreConfig, StoreMeta};
@@ -124,7 +124,8 @@ impl Source {
 
     fn push(&mut self, builder: &mut BatchBuilder, body: RecordBody) {
         self.seq += 1;
-        let (seq, time) = (Seq::new(self.seq), WallTime::from_nanos(i64::try_from(self.tag).unwrap()));
+        let (seq, time) =
+            (Seq::new(self.seq), WallTime::from_nanos(i64::try_from(self.tag).unwrap()));
         builder.push(&Record { seq, time, body });
         self.note(time);
     }
@@ -249,7 +250,9 @@ pub(super) fn marker(n: u64, state: MarkerState) -> Marker {
 }
 
 fn render(extent: Extent, value: impl Fn(u64) -> Option<u64>) -> Vec<u8> {
-    (extent.offset() / SECTOR..extent.end() / SECTOR).flat_map(|s| sector(value(s).unwrap())).collect()
+    (extent.offset() / SECTOR..extent.end() / SECTOR)
+        .flat_map(|s| sector(value(s).unwrap()))
+        .collect()
 }
 
 /// Sectors that compress badly when the tag is odd, well when it is even; never zero.
@@ -258,7 +261,9 @@ pub(super) fn sector(tag: u64) -> Vec<u8> {
         return vec![0; 512];
     }
     let mut rng = Rng(tag);
-    (0..64).flat_map(|_| if tag & (1 << 16) == 0 { tag } else { rng.next() }.to_le_bytes()).collect()
+    (0..64)
+        .flat_map(|_| if tag & (1 << 16) == 0 { tag } else { rng.next() }.to_le_bytes())
+        .collect()
 }
 
 pub(super) fn assert_same(view: &PointReader, image: &Image) {

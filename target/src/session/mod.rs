@@ -5,7 +5,7 @@
 
 mod outbox;
 mod registry;
-pub(crate) mod verdict;
+pub mod verdict;
 mod wire;
 
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use farshore_changelog::{Marker, MarkerState, RecordBody, SegmentEvent, order_after};
-use farshore_extent::{CaptureOrder, GroupId, Lsn, MarkerId, PointKind, VolumeSize, WallTime};
+use farshore_extent::{CaptureOrder, GroupId, Lsn, MarkerId, PointKind, Seq, VolumeSize, WallTime};
 
 use super::limits::MAX_PENDING_MARKERS;
 
@@ -149,7 +149,13 @@ impl OrderBook {
             | RecordBody::Hash { .. } => {}
         }
         if before != after {
-            self.changes.push((lsn, after, time));
+            // Between the epochs lies no place that this volume ever had: what the old epoch did
+            // not ship is missing there.
+            let from = match event.record.body {
+                RecordBody::EpochStart(_) => Lsn::new(lsn.epoch, Seq::ZERO),
+                _ => lsn,
+            };
+            self.changes.push((from, after, time));
             out.push(match after {
                 CaptureOrder::CatchUp => StoreEvent::OrderLost { lsn, time },
                 CaptureOrder::Ordered => StoreEvent::OrderRestored { lsn, time },

@@ -1,0 +1,91 @@
+//! Rare things that must have happened at least once in a run of many seeds: a simulator that never
+//! reaches them proves nothing about them.
+
+use std::collections::BTreeMap;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Seen {
+    Answered,
+    BackingError,
+    PoolFull,
+    Copied,
+    HoleFilled,
+    Marker,
+    NotOrdered,
+    Held,
+    HoldBroken,
+    Recopy,
+    SourceCrash,
+    AgentCrash,
+    LinkCut,
+    TargetCrash,
+    CrashInCommit,
+    CrashInRecovery,
+    CrashInExpiry,
+    TornTailCut,
+    SyncFailed,
+    Resent,
+    Repeated,
+    PointChecked,
+    MomentChecked,
+    Expired,
+    PinnedView,
+    Drained,
+}
+
+impl Seen {
+    pub const ALL: &[Self] = &[
+        Self::Answered,
+        Self::BackingError,
+        Self::PoolFull,
+        Self::Copied,
+        Self::HoleFilled,
+        Self::Marker,
+        Self::NotOrdered,
+        Self::Held,
+        Self::HoldBroken,
+        Self::Recopy,
+        Self::SourceCrash,
+        Self::AgentCrash,
+        Self::LinkCut,
+        Self::TargetCrash,
+        Self::CrashInCommit,
+        Self::CrashInRecovery,
+        Self::CrashInExpiry,
+        Self::TornTailCut,
+        Self::SyncFailed,
+        Self::Resent,
+        Self::Repeated,
+        Self::PointChecked,
+        Self::MomentChecked,
+        Self::Expired,
+        Self::PinnedView,
+        Self::Drained,
+    ];
+}
+
+/// How often each was seen.
+#[derive(Debug, Clone, Default)]
+pub struct Coverage(BTreeMap<Seen, u64>);
+
+impl Coverage {
+    pub fn saw(&mut self, what: Seen) {
+        *self.0.entry(what).or_default() += 1;
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        for (what, n) in &other.0 {
+            *self.0.entry(*what).or_default() += n;
+        }
+    }
+
+    pub fn never(&self) -> Vec<Seen> {
+        Seen::ALL.iter().copied().filter(|s| !self.0.contains_key(s)).collect()
+    }
+}
+
+impl std::fmt::Display for Coverage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|(what, n)| write!(f, "{what:?} {n}  "))
+    }
+}

@@ -1,0 +1,580 @@
+//! The source host: the real capture core over simulated backing devices, with guests that write.
+//!
+//! A backing operation is applied to the medium and completed at separate, random moments, so the
+//! medium sees overlapping operations in another order than they complete, as real disks do.
+
+use std::collections::BTreeMap;
+
+use farshore_blkfilter::control::Descriptor;
+use farshore_blkfilter::core::{
+    Action, Attach, Backing, Buffer, CaptureCore, CopyEnd, Event, Faults, HoldEnd, IoKey, Limits,
+    MarkerSpec, Now, Outcome, PoolSlot, QueueId, Start, Token, VolumeKey,
+};
+use farshore_blkfilter::device::DeviceError;
+use farshore_extent::{
+    BlockSizes, CaptureOrder, ChunkSize, Epoch, Extent, GroupId, Lsn, MarkerId, PointKind, SECTOR,
+    VolumeId, VolumeSize, WallTime,
+};
+
+use crate::coverage::{Coverage, Seen};
+use crate::oracle::{Content, Oracle, content_of, sector_bytes, sectors};
+use crate::rng::Rng;
+
+const GUEST: QueueId = QueueId(0);
+const COPIER: QueueId = QueueId(1);
+
+/// A volume of the source: medium, pool and what is true of it.
+pub struct Disk {
+    pub id: VolumeId,
+    pub size: VolumeSize,
+    pub oracle: Oracle,
+    medium: Vec<Content>,
+    pool: Vec<u8>,
+    key: Option<VolumeKey>,
+    copying: bool,
+    copy_wanted: bool,
+}
+
+/// An operation of a guest or of the copy loop, from submission to its end.
+struct InFlight {
+    disk: usize,
+    io: IoKey,
+    token: Token,
+    what: Backing,
+    applied: bool,
+    fails: bool,
+}
+
+/// What a guest remembers of a request it has made.
+struct Asked {
+    disk: usize,
+    content: Vec<Content>,
+    /// The highest number among the writes it had seen answered.
+    after: Lsn,
+    /// Number of its completion.
+    number: Option<Lsn>,
+}
+
+/// A hold of the gate that is on.
+struct Held {
+    marker: MarkerId,
+    at: Lsn,
+}
+
+/// The source host.
+pub struct Source {
+    pub core: CaptureCore,
+    pub disks: Vec<Disk>,
+    limits: Limits,
+    epoch: Epoch,
+    now_ms: u64,
+    in_flight: Vec<InFlight>,
+    asked: BTreeMap<Token, Asked>,
+    spares: BTreeMap<Token, Vec<u8>>,
+    answered: Lsn,
+    held: Option<Held>,
+    next_token: u64,
+    next_content: Content,
+    actions: Vec<Action>,
+}
+
+const POOL_ALIGN: u64 = 512;
+
+impl Source {
+    pub fn new(rng: &mut Rng, faults: Faults) -> Self {
+        let limits = Limits {
+            max_records: if rng.chance(300) { 8 + rng.index(64) } else { 4096 },
+            control_headroom: 64,
+            max_pending_markers: 8,
+            max_hold_ms: 50,
+            pool_align: POOL_ALIGN,
+            faults,
+        };
+        let disks = (0..1 + rng.index(2)).map(|_| Disk::new(rng)).collect();
+        let epoch = Epoch::new(1);
+        let mut source = Self {
+            core: CaptureCore::new(epoch, limits.clone()),
+            disks,
+            limits,
+            epoch,
+            now_ms: 1,
+            in_flight: Vec::new(),
+            asked: BTreeMap::new(),
+            spares: BTreeMap::new(),
+            answered: Lsn::ZERO,
+            held: None,
+            next_token: 1,
+            next_content: 1,
+            actions: Vec::new(),
+        };
+        source.attach(None);
+        source
+    }
+
+    pub fn now(&self) -> Now {
+        let nanos = i64::try_from(self.now_ms).expect("small") * 1_000_000;
+        Now { wall: WallTime::from_nanos(nanos), mono_ms: self.now_ms }
+    }
+
+    pub fn pass(&mut self, ms: u64) {
+        self.now_ms += ms;
+    }
+
+    fn attach(&mut self, clean: Option<Lsn>) {
+        let now = self.now();
+        for disk in &mut self.disks {
+            let start = match clean {
+                Some(_) => Start::Continues { last: clean.unwrap_or_default() },
+                None => Start::Copy { reason: "unclean start".into() },
+            };
+            let attach = Attach {
+                volume: disk.id,
+                size: disk.size,
+                blocks: BlockSizes::E512,
+                chunk: ChunkSize::tiny(2048),
+                pool_bytes: disk.pool.len() as u64,
+                start,
+            };
+            disk.key = Some(self.core.attach(now, attach, &mut self.actions).expect("attach"));
+            disk.copying = false;
+            disk.copy_wanted = true;
+        }
+        self.actions.clear();
+    }
+
+    /// Power of the process is cut: what was applied stays on the medium, the rest never happened;
+    /// a new run copies everything.
+    pub fn crash(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        coverage.saw(Seen::SourceCrash);
+        for index in 0..self.in_flight.len() {
+            if !self.in_flight[index].applied && rng.chance(500) {
+                self.apply(index, rng);
+            }
+        }
+        self.in_flight.clear();
+        self.asked.clear();
+        self.spares.clear();
+        self.held = None;
+        self.epoch = self.epoch.next();
+        self.core = CaptureCore::new(self.epoch, self.limits.clone());
+        for disk in &mut self.disks {
+            let image = disk.medium.clone();
+            disk.oracle.replace(Lsn::new(self.epoch, farshore_extent::Seq::new(1)), image);
+        }
+        self.attach(None);
+    }
+
+    /// A guest asks for something; nothing happens when too much is in flight.
+    pub fn guest(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        if self.asked.len() >= 12 {
+            return;
+        }
+        let disk = rng.index(self.disks.len());
+        let total = self.disks[disk].size.get() / SECTOR;
+        // Hot places, so that requests overlap.
+        let span = if rng.chance(600) { total.min(16) } else { total };
+        let start = rng.below(span);
+        let longest = if rng.chance(800) { 8 } else { 24 };
+        let len = (1 + rng.below(longest)).min(total - start);
+        let extent = Extent::new(start * SECTOR, len * SECTOR).expect("inside");
+        let token = self.token();
+        let fua = rng.chance(100);
+        let count = sectors(extent).len();
+        match rng.below(10) {
+            0 => {
+                let event = Event::Flush { queue: GUEST, token, volume: self.disks[disk].key() };
+                self.ask(token, disk, Vec::new());
+                self.step(event, coverage);
+            }
+            1 | 2 => {
+                self.ask(token, disk, vec![0; count]);
+                let volume = self.disks[disk].key();
+                let may_unmap = rng.chance(500);
+                let event = Event::Zero { queue: GUEST, token, volume, extent, fua, may_unmap };
+                self.step(event, coverage);
+            }
+            _ => self.write(rng, disk, extent, token, fua, coverage),
+        }
+    }
+
+    fn write(
+        &mut self,
+        rng: &mut Rng,
+        disk: usize,
+        extent: Extent,
+        token: Token,
+        fua: bool,
+        coverage: &mut Coverage,
+    ) {
+        self.next_content += 1;
+        let id = if rng.chance(50) { 0 } else { self.next_content };
+        let content = vec![id; sectors(extent).len()];
+        let bytes: Vec<u8> = content.iter().flat_map(|c| sector_bytes(*c)).collect();
+        let volume = self.disks[disk].key();
+        let len = u32::try_from(bytes.len()).expect("small");
+        let buffer = match self.core.reserve(volume, len) {
+            Some(slot) => {
+                self.disks[disk].pool_mut(slot).copy_from_slice(&bytes);
+                Buffer::Pool(slot)
+            }
+            None => {
+                coverage.saw(Seen::PoolFull);
+                self.spares.insert(token, bytes.clone());
+                Buffer::Spare
+            }
+        };
+        let pieces = extent
+            .split_at_multiples_of(2048)
+            .map(|p| {
+                let at = usize::try_from(p.offset() - extent.offset()).expect("small");
+                let end = at + usize::try_from(p.len()).expect("small");
+                crc32c::crc32c(&bytes[at..end])
+            })
+            .collect();
+        let crc = crc32c::crc32c(&bytes);
+        self.ask(token, disk, content);
+        let event = Event::Write { queue: GUEST, token, volume, extent, buffer, crc, pieces, fua };
+        self.step(event, coverage);
+    }
+
+    fn ask(&mut self, token: Token, disk: usize, content: Vec<Content>) {
+        let asked = Asked { disk, content, after: self.answered, number: None };
+        self.asked.insert(token, asked);
+    }
+
+    fn token(&mut self) -> Token {
+        self.next_token += 1;
+        Token(self.next_token)
+    }
+
+    /// The copy loop of one volume takes a turn.
+    pub fn copy(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        let disk = rng.index(self.disks.len());
+        if self.disks[disk].copying || !self.disks[disk].copy_wanted {
+            return;
+        }
+        let token = self.token();
+        self.disks[disk].copying = true;
+        self.ask(token, disk, Vec::new());
+        let volume = self.disks[disk].key();
+        let hole = self.core.peek_copy(volume).filter(|chunk| {
+            let medium = &self.disks[disk].medium;
+            medium[sectors(*chunk)].iter().all(|c| *c == 0)
+        });
+        self.step(Event::Copy { queue: COPIER, token, volume, hole }, coverage);
+    }
+
+    /// The backing device does something: applies an operation, or completes an applied one.
+    pub fn backing(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        let index = rng.index(self.in_flight.len());
+        if self.in_flight[index].applied {
+            self.complete(index, coverage);
+        } else {
+            self.apply(index, rng);
+        }
+    }
+
+    fn apply(&mut self, index: usize, rng: &mut Rng) {
+        let op = &mut self.in_flight[index];
+        op.applied = true;
+        let disk = &mut self.disks[op.disk];
+        let (extent, bytes) = match op.what {
+            Backing::Write { extent, buffer: Buffer::Pool(slot), .. } => {
+                (extent, disk.pool_bytes(slot).to_vec())
+            }
+            Backing::Write { extent, buffer: Buffer::Spare, .. } => {
+                (extent, self.spares.get(&op.token).cloned().expect("a spare buffer"))
+            }
+            Backing::Zero { extent, .. } => {
+                (extent, vec![0; usize::try_from(extent.len()).expect("small")])
+            }
+            Backing::Read { extent, slot } => {
+                let medium = disk.medium[sectors(extent)].to_vec();
+                let bytes: Vec<u8> = medium.iter().flat_map(|c| sector_bytes(*c)).collect();
+                disk.pool_mut(slot).copy_from_slice(&bytes);
+                return;
+            }
+            Backing::Flush | Backing::CheckHole { .. } => return,
+        };
+        let range = sectors(extent);
+        // A failing write leaves a part of itself.
+        let done = if op.fails { rng.index(range.len() + 1) } else { range.len() };
+        for (at, sector) in range.enumerate().take(done) {
+            let content = content_of(&bytes[at * 512..(at + 1) * 512]);
+            disk.medium[sector] = content.expect("payload of one write");
+        }
+    }
+
+    fn complete(&mut self, index: usize, coverage: &mut Coverage) {
+        let op = self.in_flight.swap_remove(index);
+        let disk = &mut self.disks[op.disk];
+        let next = Lsn::new(self.epoch, self.core.last().seq.next());
+        let outcome = match op.what {
+            _ if op.fails => Outcome::Failed(DeviceError::Io),
+            Backing::Read { slot, .. } => {
+                let bytes = disk.pool_bytes(slot);
+                if bytes.iter().all(|b| *b == 0) {
+                    Outcome::Zeroes
+                } else {
+                    Outcome::Data { crc: crc32c::crc32c(bytes) }
+                }
+            }
+            Backing::CheckHole { extent } => {
+                let hole = disk.medium[sectors(extent)].iter().all(|c| *c == 0);
+                if hole { Outcome::Zeroes } else { Outcome::NotHole }
+            }
+            Backing::Write { .. } | Backing::Zero { .. } | Backing::Flush => Outcome::Done,
+        };
+        let written = match op.what {
+            Backing::Write { extent, .. } | Backing::Zero { extent, .. } => Some(extent),
+            Backing::Read { .. } | Backing::CheckHole { .. } | Backing::Flush => None,
+        };
+        if let (Some(extent), Some(asked)) = (written, self.asked.get_mut(&op.token)) {
+            let content = if op.fails {
+                coverage.saw(Seen::BackingError);
+                disk.medium[sectors(extent)].to_vec()
+            } else {
+                asked.content.clone()
+            };
+            disk.oracle.set(next, extent, content);
+            asked.number = Some(next);
+        }
+        self.spares.remove(&op.token);
+        self.step(Event::BackingDone { io: op.io, outcome }, coverage);
+    }
+
+    fn step(&mut self, event: Event, coverage: &mut Coverage) {
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        self.core.step(now, event, &mut actions);
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
+    fn carry_out(&mut self, actions: &mut Vec<Action>, coverage: &mut Coverage) {
+        for action in actions.drain(..) {
+            match action {
+                Action::Backing { token, io, what, .. } => {
+                    let disk = self.asked.get(&token).expect("an asked request").disk;
+                    let risky = matches!(what, Backing::Write { .. } | Backing::Zero { .. });
+                    let fails = risky && self.next_token % 97 == 0;
+                    self.in_flight.push(InFlight { disk, io, token, what, applied: false, fails });
+                }
+                Action::Answer { token, result, .. } => self.answer(token, result, coverage),
+                Action::CopyDone { token, end, .. } => self.copy_done(token, end, coverage),
+                Action::Recorded { .. } => {}
+                Action::CopyWanted { volume } => {
+                    self.disks
+                        .iter_mut()
+                        .filter(|d| d.key() == volume)
+                        .for_each(|d| d.copy_wanted = true);
+                }
+                Action::HoldBroken { marker } => {
+                    coverage.saw(Seen::HoldBroken);
+                    if self.held.as_ref().is_some_and(|h| h.marker == marker) {
+                        self.held = None;
+                    }
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, token: Token, _: Result<(), DeviceError>, coverage: &mut Coverage) {
+        let asked = self.asked.remove(&token).expect("answered once");
+        // While catching up, a write to a dirty chunk takes no number.
+        let last = self.core.last();
+        let Some(number) = asked.number.filter(|n| *n <= last) else { return };
+        assert!(asked.after < number, "a write got a number below one it may depend on");
+        if let Some(held) = &self.held {
+            let late = number > held.at;
+            assert!(!late, "a write behind a held marker was answered: {number} > {}", held.at);
+        }
+        if self.answered < number {
+            self.answered = number;
+        }
+        coverage.saw(Seen::Answered);
+    }
+
+    fn copy_done(&mut self, token: Token, end: CopyEnd, coverage: &mut Coverage) {
+        let disk = self.asked.remove(&token).expect("answered once").disk;
+        let disk = &mut self.disks[disk];
+        disk.copying = false;
+        match end {
+            CopyEnd::Copied { .. } => coverage.saw(Seen::Copied),
+            CopyEnd::Clean | CopyEnd::PoolBusy => disk.copy_wanted = false,
+            CopyEnd::NotHole => coverage.saw(Seen::HoleFilled),
+            CopyEnd::Failed => {}
+        }
+    }
+
+    /// Cuts a marker over all volumes of the host.
+    pub fn marker(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        let spec = self.marker_spec(rng, false);
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        if let Ok(placed) = self.core.marker(now, &spec, &mut actions) {
+            coverage.saw(if placed.not_ordered.is_empty() {
+                Seen::Marker
+            } else {
+                Seen::NotOrdered
+            });
+        }
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
+    fn marker_spec(&self, rng: &mut Rng, pending: bool) -> MarkerSpec {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&rng.next().to_le_bytes());
+        id[8..].copy_from_slice(&rng.next().to_le_bytes());
+        let volumes = self.disks.iter().map(Disk::key).collect();
+        let marker = MarkerId::from_bytes(id);
+        let kind = if pending { PointKind::Group } else { PointKind::Crash };
+        MarkerSpec { marker, volumes, kind, group: GroupId::NIL, name: String::new(), pending }
+    }
+
+    /// Begins or ends a hold of the acknowledgement gate, as a group point does.
+    pub fn hold_or_release(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        match self.held.take() {
+            None => {
+                let spec = self.marker_spec(rng, true);
+                if let Ok(placed) = self.core.hold(now, &spec, 1 + rng.below(40), &mut actions) {
+                    self.held = Some(Held { marker: spec.marker, at: placed.lsn });
+                }
+            }
+            Some(held) => {
+                let end = self.core.release_hold(now, held.marker, &mut actions);
+                if end == HoldEnd::Held {
+                    coverage.saw(Seen::Held);
+                }
+                let commit = end == HoldEnd::Held;
+                // A marker of a volume that lost its order meanwhile is gone; that is no error.
+                drop(self.core.resolve_marker(now, held.marker, commit, &mut actions));
+            }
+        }
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
+    pub fn tick(&mut self, coverage: &mut Coverage) {
+        self.step(Event::Tick, coverage);
+    }
+
+    /// Records for the agent, with the pool they lie in.
+    pub fn fetch(
+        &self,
+        volume: VolumeId,
+        after: Lsn,
+        max: usize,
+        out: &mut Vec<Descriptor>,
+    ) -> Result<(), String> {
+        let disk = self.disk(volume);
+        let got = self.core.fetch(disk.key(), after, max, u64::MAX, out);
+        got.map(|_| ()).map_err(|e| e.to_string())
+    }
+
+    pub fn pool(&self, volume: VolumeId) -> &[u8] {
+        &self.disk(volume).pool
+    }
+
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub fn release(&mut self, volume: VolumeId, upto: Lsn, coverage: &mut Coverage) {
+        let key = self.disk(volume).key();
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        // A release of an older epoch is not an error, and one that is ahead must be refused.
+        drop(self.core.release(now, key, upto, &mut actions));
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
+    pub fn recopy(&mut self, volume: VolumeId, reason: &str, coverage: &mut Coverage) {
+        coverage.saw(Seen::Recopy);
+        let key = self.disk(volume).key();
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        self.core.recopy(now, key, reason.to_owned(), &mut actions).expect("recopy");
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
+    pub fn disk(&self, volume: VolumeId) -> &Disk {
+        self.disks.iter().find(|d| d.id == volume).expect("a volume of this host")
+    }
+
+    pub fn order(&self, volume: VolumeId) -> CaptureOrder {
+        self.core.status(self.disk(volume).key()).expect("attached").order
+    }
+
+    pub fn watermarks(&self, volume: VolumeId) -> (Lsn, Lsn) {
+        let status = self.core.status(self.disk(volume).key()).expect("attached");
+        (status.captured, status.released)
+    }
+
+    /// Nothing in flight and nobody waiting.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.is_empty() && self.asked.is_empty()
+    }
+
+    /// When nothing is in flight, what is true and what is on the medium must be the same.
+    pub fn check_medium(&self) {
+        if !self.is_idle() {
+            return;
+        }
+        for disk in &self.disks {
+            assert_eq!(
+                disk.oracle.now(),
+                disk.medium,
+                "the medium differs from what completed last"
+            );
+        }
+    }
+}
+
+impl Disk {
+    fn new(rng: &mut Rng) -> Self {
+        let total = 24 + rng.below(72);
+        let size = VolumeSize::new(total * SECTOR).expect("sectors");
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&rng.next().to_le_bytes());
+        let old = rng.chance(500);
+        let image: Vec<Content> =
+            (0..total).map(|s| if old && rng.chance(700) { (1 << 40) + s } else { 0 }).collect();
+        let pool = (24 << 10) + if rng.chance(300) { rng.below(32) << 10 } else { 512 << 10 };
+        Self {
+            id: VolumeId::from_bytes(id),
+            size,
+            oracle: Oracle::new(image.clone()),
+            medium: image,
+            pool: vec![0; usize::try_from(pool).expect("small")],
+            key: None,
+            copying: false,
+            copy_wanted: true,
+        }
+    }
+
+    fn key(&self) -> VolumeKey {
+        self.key.expect("attached at the start")
+    }
+
+    fn place(slot: PoolSlot) -> std::ops::Range<usize> {
+        let start = usize::try_from(slot.offset()).expect("small");
+        start..start + slot.len() as usize
+    }
+
+    fn pool_mut(&mut self, slot: PoolSlot) -> &mut [u8] {
+        &mut self.pool[Self::place(slot)]
+    }
+
+    fn pool_bytes(&self, slot: PoolSlot) -> &[u8] {
+        &self.pool[Self::place(slot)]
+    }
+}

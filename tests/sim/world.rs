@@ -1,0 +1,232 @@
+//! One seed: a source host, an agent, a link and a target, and everything that can go wrong
+//! between them, in an order that the seed decides.
+
+use std::sync::Arc;
+
+use crate::agent::{Agent, Memory};
+use crate::coverage::{Coverage, Seen};
+use crate::link::{Link, ToTarget};
+use crate::rng::Rng;
+use crate::source::Source;
+use crate::target::Target;
+
+/// Deliberate defects in each part; none by default.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Planted {
+    pub core: farshore_blkfilter::core::Faults,
+    pub session: farshore_agent::session::Faults,
+    pub store: farshore_target::store::Faults,
+}
+
+/// How often things go wrong in this seed, in permille of the steps.
+struct Weather {
+    steps: u64,
+    cut: u64,
+    agent_crash: u64,
+    source_crash: u64,
+    target_crash: u64,
+    disk_lost: u64,
+    faulty_disk: bool,
+    expiry: u64,
+}
+
+impl Weather {
+    fn of(rng: &mut Rng) -> Self {
+        let mut rate =
+            |often: u64, max: u64| if rng.chance(often) { 1 + rng.below(max) } else { 0 };
+        Self {
+            cut: rate(600, 6),
+            agent_crash: rate(400, 3),
+            source_crash: rate(300, 2),
+            target_crash: rate(600, 5),
+            disk_lost: rate(50, 1),
+            expiry: rate(600, 12),
+            faulty_disk: rate(500, 1) > 0,
+            steps: 800 + rate(1000, 2400),
+        }
+    }
+}
+
+/// Runs one seed to its end.
+///
+/// # Panics
+/// When any promise is broken; the message names it.
+pub fn run(seed: u64, planted: Planted) -> Coverage {
+    let mut rng = Rng::new(seed);
+    let weather = Weather::of(&mut rng);
+    let mut world = World::new(&mut rng, planted, weather.faulty_disk);
+    for _ in 0..weather.steps {
+        world.step(&mut rng, &weather);
+    }
+    world.drain(&mut rng);
+    world.coverage
+}
+
+struct World {
+    planted: Planted,
+    source: Source,
+    agent: Agent,
+    memory: Memory,
+    link: Link,
+    was_up: bool,
+    target: Target,
+    coverage: Coverage,
+}
+
+impl World {
+    fn new(rng: &mut Rng, planted: Planted, faulty_disk: bool) -> Self {
+        let source = Source::new(rng, planted.core);
+        let memory = Memory::new();
+        let agent = Agent::new(rng, planted.session, &memory, &source);
+        let target = Target::new(rng, planted.store, faulty_disk);
+        Self {
+            planted,
+            source,
+            agent,
+            memory,
+            link: Link::default(),
+            was_up: false,
+            target,
+            coverage: Coverage::default(),
+        }
+    }
+
+    fn step(&mut self, rng: &mut Rng, weather: &Weather) {
+        self.source.pass(rng.below(8));
+        if rng.chance(weather.cut) {
+            self.coverage.saw(Seen::LinkCut);
+            self.link.cut();
+            self.link.outage = rng.chance(300);
+        }
+        if self.link.outage && rng.chance(60) {
+            self.link.outage = false;
+        }
+        if rng.chance(weather.agent_crash) {
+            self.crash_agent(rng);
+        }
+        if rng.chance(weather.source_crash) {
+            self.source.crash(rng, &mut self.coverage);
+            // The agent sees another epoch and pool; its feeds go on from their places.
+        }
+        if rng.chance(weather.target_crash) {
+            if rng.chance(600) {
+                self.target.arm(rng);
+            } else {
+                self.crash_target(rng);
+            }
+        }
+        if rng.chance(weather.disk_lost) {
+            self.link.cut();
+            self.notice_the_link();
+            self.target.lose_disk(rng);
+        }
+        if rng.chance(weather.expiry) {
+            if !self.target.expire(rng, &mut self.coverage) {
+                self.crash_target(rng);
+            }
+        }
+        self.work(rng, true);
+        if rng.chance(20) {
+            self.target.check_somewhere(rng, &self.source, &mut self.coverage);
+        }
+        if rng.chance(10) {
+            self.target.pin_or_unpin(rng, &self.source, &mut self.coverage);
+        }
+    }
+
+    fn crash_agent(&mut self, rng: &mut Rng) {
+        self.coverage.saw(Seen::AgentCrash);
+        self.link.cut();
+        self.was_up = false;
+        self.agent = Agent::new(rng, self.planted.session, &self.memory, &self.source);
+    }
+
+    fn crash_target(&mut self, rng: &mut Rng) {
+        self.coverage.saw(Seen::TargetCrash);
+        self.link.cut();
+        self.target.crash(rng, &mut self.coverage);
+        self.target.check_all(rng, &self.source, &mut self.coverage);
+    }
+
+    /// Everybody who has something to do may do a little of it.
+    fn work(&mut self, rng: &mut Rng, guests: bool) {
+        match rng.below(18) {
+            0..=2 if guests => self.source.guest(rng, &mut self.coverage),
+            0..=7 => self.source.backing(rng, &mut self.coverage),
+            8..=9 => self.source.copy(rng, &mut self.coverage),
+            10 => {
+                if rng.chance(300) {
+                    self.source.marker(rng, &mut self.coverage);
+                } else if rng.chance(150) {
+                    self.source.hold_or_release(rng, &mut self.coverage);
+                } else {
+                    self.source.tick(&mut self.coverage);
+                }
+            }
+            11 => self.agent.tick(&self.source),
+            12..=13 => self.agent.feed(rng, &self.source),
+            14..=15 => self.deliver(rng),
+            _ => self.target_works(rng),
+        }
+        self.source.check_medium();
+        self.notice_the_link();
+        let (source, link) = (&mut self.source, &mut self.link);
+        self.agent.act(source, link, &mut self.memory, &mut self.coverage);
+        self.notice_the_link();
+    }
+
+    fn notice_the_link(&mut self) {
+        if self.was_up && !self.link.is_up() {
+            self.agent.disconnected(&self.source);
+            self.target.disconnected();
+        }
+        self.was_up = self.link.is_up();
+    }
+
+    fn deliver(&mut self, rng: &mut Rng) {
+        if let Some(message) = self.link.to_target.pop_front() {
+            if let (ToTarget::Batch(volume, batch), true) = (&message, rng.chance(30)) {
+                self.coverage.saw(Seen::Repeated);
+                self.link.to_target.push_front(ToTarget::Batch(*volume, Arc::clone(batch)));
+            }
+            self.target.hear(message, &mut self.link);
+        }
+        if let Some(message) = self.link.to_agent.pop_front() {
+            self.agent.hear(message, &self.source);
+        }
+    }
+
+    fn target_works(&mut self, rng: &mut Rng) {
+        if !self.target.commit(&mut self.link, &mut self.coverage) {
+            // A write or sync failed: the daemon ends and is started again.
+            self.crash_target(rng);
+        }
+    }
+
+    /// The weather is fine again: everything must come to rest with equal content.
+    fn drain(&mut self, rng: &mut Rng) {
+        self.link.outage = false;
+        self.target.heal(rng, &mut self.coverage);
+        for round in 0..60_000 {
+            self.source.pass(rng.below(8));
+            self.work(rng, false);
+            if round % 16 == 0 && self.source.is_idle() && self.target.has_everything(&self.source)
+            {
+                self.target.check_end(&self.source);
+                self.coverage.saw(Seen::Drained);
+                return;
+            }
+        }
+        panic!(
+            "it never came to rest: agent {} {:?}, target {}, source {:?}",
+            self.agent.state(),
+            self.agent.problems(),
+            self.target.state(),
+            self.source
+                .disks
+                .iter()
+                .map(|d| (self.source.order(d.id), self.source.watermarks(d.id)))
+                .collect::<Vec<_>>()
+        );
+    }
+}

@@ -1,0 +1,372 @@
+//! Real daemons for system tests: a site is one `--root` folder with its processes; they die with
+//! the test. Conditions are waited for, never slept for; every wait has a limit and says what it
+//! waited for.
+#![allow(dead_code)] // each test file uses its part
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use farshore_changelog::codec;
+use farshore_extent::{PairState, Problem, VolumeName};
+use farshore_protocol::admin::{
+    AgentReply, AgentRequest, AgentStatus, OpenView, PointChoice, PointInfo, ReplicaStatus,
+    TargetReply, TargetRequest, ViewInfo,
+};
+use farshore_protocol::paths::Paths;
+
+/// The executable under test: `FARSHORE_BIN`, else the one built beside the tests.
+pub fn farshore_bin() -> PathBuf {
+    if let Some(path) = std::env::var_os("FARSHORE_BIN") {
+        return path.into();
+    }
+    let here = std::env::current_exe().expect("the test's own path");
+    let profile = here.ancestors().nth(2).expect("deps/ lies in the profile's folder");
+    let bin = profile.join("farshore");
+    assert!(bin.is_file(), "{} is missing: cargo build first, or set FARSHORE_BIN", bin.display());
+    bin
+}
+
+/// Waits for a condition, asking every few milliseconds.
+///
+/// # Panics
+/// After `limit`, naming what was waited for.
+pub fn wait_for<T>(what: &str, limit: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(value) = ask() {
+            return value;
+        }
+        assert!(Instant::now() < end, "waited {limit:?} in vain for: {what}");
+        pause(Duration::from_millis(20));
+    }
+}
+
+/// Lets time pass where passing time is the point (load runs on, a poll interval).
+pub fn pause(time: Duration) {
+    let lock = Mutex::new(());
+    let guard = lock.lock().expect("own lock");
+    drop(Condvar::new().wait_timeout(guard, time));
+}
+
+/// Runs a program and returns its output; fails the test with everything it said otherwise.
+pub fn run(program: &str, args: &[&str]) -> Output {
+    let out = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("{program} cannot be run ({e}): ./tools/test installs it"));
+    assert!(out.status.success(), "{program} {args:?}: {}\n{}", out.status, said(&out));
+    out
+}
+
+/// Both streams of a finished program.
+pub fn said(out: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+}
+
+/// A free TCP port on the loopback address.
+pub fn free_port() -> u16 {
+    let probe = TcpListener::bind("127.0.0.1:0").expect("loopback");
+    probe.local_addr().expect("bound").port()
+}
+
+/// One of our daemons.
+pub struct Daemon {
+    pub role: &'static str,
+    child: Child,
+}
+
+impl Daemon {
+    /// SIGKILL, and gone when this returns.
+    pub fn kill(mut self) {
+        self.child.kill().expect("kill -9");
+        self.child.wait().expect("reaped");
+    }
+
+    /// SIGTERM, and its exit status.
+    pub fn stop(mut self) -> std::process::ExitStatus {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("pid"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+        wait_for("an orderly stop", Duration::from_secs(30), || {
+            self.child.try_wait().expect("wait")
+        })
+    }
+
+    pub fn is_alive(&mut self) -> bool {
+        self.child.try_wait().expect("wait").is_none()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Already gone is fine: the test killed or stopped it.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// All roles on this machine below one folder.
+pub struct Site {
+    dir: tempfile::TempDir,
+    pub paths: Paths,
+    pub port: u16,
+    /// Runs every program behind this prefix, such as `ip netns exec NAME`.
+    prefix: Vec<String>,
+}
+
+impl Site {
+    /// An empty folder; nothing runs yet.
+    pub fn new() -> Self {
+        // Short names: unix socket paths have at most 107 bytes.
+        let dir = tempfile::Builder::new().prefix("fs").tempdir().expect("temporary folder");
+        let paths = Paths::under(dir.path());
+        Self { dir, paths, port: free_port(), prefix: Vec::new() }
+    }
+
+    /// The same in a network namespace.
+    pub fn in_namespace(name: &str) -> Self {
+        let prefix = ["ip", "netns", "exec", name].map(str::to_owned).to_vec();
+        Self { prefix, ..Self::new() }
+    }
+
+    pub fn root(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let bin = farshore_bin();
+        let mut command = match self.prefix.split_first() {
+            Some((first, rest)) => {
+                let mut c = Command::new(first);
+                c.args(rest).arg(bin);
+                c
+            }
+            None => Command::new(bin),
+        };
+        command.arg("--root").arg(self.root()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the command line and returns whatever it did.
+    pub fn try_cli(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("farshore can be run")
+    }
+
+    /// Runs the command line; it must succeed. Returns what it printed on stdout.
+    pub fn cli(&self, args: &[&str]) -> String {
+        let out = self.try_cli(args);
+        assert!(
+            out.status.success(),
+            "farshore {args:?}: {}\n{}\n{}",
+            out.status,
+            said(&out),
+            self.logs()
+        );
+        String::from_utf8(out.stdout).expect("UTF-8")
+    }
+
+    /// Starts a role; its log goes to ROLE.log in the site's folder.
+    pub fn start(&self, role: &'static str, args: &[&str]) -> Daemon {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.root().join(format!("{role}.log")))
+            .expect("log file");
+        let mut command = self.command(args);
+        command.stdout(log.try_clone().expect("log")).stderr(log).process_group(0);
+        let child = command.spawn().expect("farshore can be started");
+        Daemon { role, child }
+    }
+
+    pub fn start_target(&self) -> Daemon {
+        let mut daemon = self.start("target", &["target", "run"]);
+        wait_for("the target's admin socket", Duration::from_secs(20), || {
+            assert!(daemon.is_alive(), "the target ended\n{}", self.logs());
+            self.ask_target(&TargetRequest::Hosts).ok()
+        });
+        daemon
+    }
+
+    pub fn start_agent(&self) -> Daemon {
+        self.start("agent", &["agent"])
+    }
+
+    pub fn start_filterd(&self) -> Daemon {
+        let mut daemon = self.start("filterd", &["filterd"]);
+        wait_for("filterd's control socket", Duration::from_secs(20), || {
+            assert!(daemon.is_alive(), "filterd ended\n{}", self.logs());
+            UnixStream::connect(self.paths.filterd_socket()).ok()
+        });
+        daemon
+    }
+
+    /// Target initialised and running, host enrolled, filterd and agent running.
+    pub fn start_all(&self) -> Daemons {
+        let address = format!("127.0.0.1:{}", self.port);
+        self.cli(&["target", "init", "--listen", &address, "--name", "127.0.0.1"]);
+        let target = self.start_target();
+        let token = self.cli(&["token", "create", "--for", "test-host", "--address", &address]);
+        let token = token.split_whitespace().find(|w| w.starts_with("fs1.")).expect("a token");
+        self.cli(&["enroll", token]);
+        let filterd = self.start_filterd();
+        let agent = self.start_agent();
+        Daemons { target, filterd, agent }
+    }
+
+    /// What every daemon has logged.
+    pub fn logs(&self) -> String {
+        let mut all = String::new();
+        for role in ["target", "filterd", "agent"] {
+            let mut text = String::new();
+            if let Ok(mut file) = File::open(self.root().join(format!("{role}.log"))) {
+                file.read_to_string(&mut text).ok();
+                let tail: Vec<&str> = text.lines().rev().take(40).collect();
+                all += &format!("--- {role}.log\n");
+                tail.iter().rev().for_each(|l| all += &format!("{l}\n"));
+            }
+        }
+        all
+    }
+
+    /// A sparse raw image in the site's folder, protected under `name` with points every
+    /// `interval`. Returns the image and the NBD address.
+    pub fn protect(&self, name: &str, bytes: u64, interval: &str) -> (PathBuf, String) {
+        let image = self.root().join(format!("{name}.img"));
+        File::create(&image).and_then(|f| f.set_len(bytes)).expect("image");
+        self.protect_image(name, &image, interval);
+        (image, self.nbd_uri(name))
+    }
+
+    pub fn protect_image(&self, name: &str, image: &Path, interval: &str) {
+        let path = image.to_str().expect("UTF-8 path");
+        self.cli(&["protect", path, "--name", name, "--policy", interval, "--yes"]);
+    }
+
+    /// Address of a protected volume for NBD clients.
+    pub fn nbd_uri(&self, name: &str) -> String {
+        let socket = self.paths.run.join("nbd").join(format!("{name}.sock"));
+        format!("nbd+unix:///{name}?socket={}", socket.display())
+    }
+
+    pub fn ask_target(&self, request: &TargetRequest) -> Result<TargetReply, Problem> {
+        ask(&self.paths.target_socket(), request)
+    }
+
+    pub fn agent_status(&self) -> Option<AgentStatus> {
+        match ask(&self.paths.agent_socket(), &AgentRequest::Status) {
+            Ok(AgentReply::Status(status)) => Some(status),
+            Err(_) => None,
+        }
+    }
+
+    pub fn replica(&self, name: &str) -> Option<ReplicaStatus> {
+        match self.ask_target(&TargetRequest::Status) {
+            Ok(TargetReply::Status(all)) => all.into_iter().find(|r| r.name.as_str() == name),
+            _ => None,
+        }
+    }
+
+    /// Waits until the volume is in order at the target and has a point.
+    pub fn wait_protected(&self, name: &str) -> ReplicaStatus {
+        let ready = |r: &ReplicaStatus| r.state == PairState::Protected && r.points > 0;
+        match self.try_wait(Duration::from_secs(60), || self.replica(name).filter(ready)) {
+            Some(status) => status,
+            None => {
+                panic!("{name} never became protected: {:?}\n{}", self.replica(name), self.logs())
+            }
+        }
+    }
+
+    fn try_wait<T>(&self, limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            if let Some(value) = ask() {
+                return Some(value);
+            }
+            pause(Duration::from_millis(50));
+        }
+        None
+    }
+
+    /// Cuts a named point and waits until it is durable at the target.
+    pub fn tag(&self, volume: &str, name: &str) -> PointInfo {
+        let json = self.try_cli(&["point", "tag", volume, "--name", name]);
+        assert!(json.status.success(), "point tag: {}\n{}", said(&json), self.logs());
+        let points = self.points(volume);
+        points.into_iter().find(|p| p.name == name).expect("the tagged point is listed")
+    }
+
+    pub fn points(&self, volume: &str) -> Vec<PointInfo> {
+        let volume = VolumeName::new(volume).expect("name");
+        match self.ask_target(&TargetRequest::Points { volume, limit: 0 }) {
+            Ok(TargetReply::Points(points)) => points,
+            other => panic!("no points: {other:?}\n{}", self.logs()),
+        }
+    }
+
+    pub fn open(&self, volume: &str, point: PointChoice) -> ViewInfo {
+        let volume = VolumeName::new(volume).expect("name");
+        let request = OpenView { volume, point, scratch_bytes: 0, tls_listen: None };
+        match self.ask_target(&TargetRequest::OpenView(request)) {
+            Ok(TargetReply::View(view)) => view,
+            other => panic!("the view did not open: {other:?}\n{}", self.logs()),
+        }
+    }
+
+    pub fn close(&self, view: &ViewInfo) {
+        let request = TargetRequest::CloseView { view: view.view, note: String::new() };
+        assert!(
+            matches!(self.ask_target(&request), Ok(TargetReply::Done)),
+            "the view did not close"
+        );
+    }
+
+    /// Copies a view's content into a file of the site and returns it.
+    pub fn fetch_view(&self, view: &ViewInfo, name: &str) -> PathBuf {
+        let to = self.root().join(name);
+        run("nbdcopy", &[&view_uri(view), to.to_str().expect("UTF-8")]);
+        to
+    }
+}
+
+/// The three daemons of a whole site.
+pub struct Daemons {
+    pub target: Daemon,
+    pub filterd: Daemon,
+    pub agent: Daemon,
+}
+
+/// Address of a view for NBD clients.
+pub fn view_uri(view: &ViewInfo) -> String {
+    format!("nbd+unix:///{}?socket={}", view.export, view.nbd_socket.display())
+}
+
+/// One request on a local socket of ours.
+pub fn ask<Q: serde::Serialize, R: serde::de::DeserializeOwned>(
+    socket: &Path,
+    request: &Q,
+) -> Result<R, Problem> {
+    let gone = |e: std::io::Error| Problem::harmless(5000, e.to_string(), "", "");
+    let mut stream = UnixStream::connect(socket).map_err(gone)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60))).map_err(gone)?;
+    codec::write_message(&mut stream, request).map_err(gone)?;
+    stream.flush().map_err(gone)?;
+    codec::read_message::<Result<R, Problem>>(&mut stream).map_err(gone)?
+}
+
+/// Both files have the same content; names the first difference.
+pub fn assert_same_bytes(a: &Path, b: &Path, what: &str) {
+    let out = Command::new("cmp").arg(a).arg(b).output().expect("cmp");
+    assert!(out.status.success(), "{what}: {}", said(&out));
+}

@@ -148,7 +148,7 @@ impl Daemon {
         let data = config.data_dir(&paths);
         let authority = Authority::load(&data.ca())?;
         let lock = take_lock(&data)?;
-        views::prepare(&data.views())?;
+        views::prepare(&data.views(), &paths)?;
         let catalogue = SqliteCatalogue::open(&data.catalogue())?;
         let catalogue = SharedCatalogue::new(catalogue);
         let at_start = catalogue.lock().age()?;

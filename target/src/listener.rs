@@ -89,8 +89,11 @@ async fn connection(
     match session::serve(daemon, stream, host).await {
         SessionEnd::Refused(problem) => {
             tracing::warn!(%peer, why = problem.why, "{problem}");
-            let text = format!("{}: {} ({peer})", problem.what, problem.why);
-            crate::daemon::note(daemon, problem.code.0, None, text).await;
+            // Strangers must not be able to fill the event log.
+            if host.is_some() {
+                let text = format!("{}: {} ({peer})", problem.what, problem.why);
+                crate::daemon::note(daemon, problem.code.0, None, text).await;
+            }
         }
         end @ (SessionEnd::Wire(_) | SessionEnd::NotWritten) => {
             tracing::info!(%peer, "connection ended: {end}");

@@ -22,6 +22,8 @@ pub(crate) struct Facts {
     pub(crate) session: Option<SessionId>,
     /// What the source said last, and when.
     pub(crate) report: Option<(VolumeReport, Instant)>,
+    /// How far the source's clock is ahead of ours, in nanoseconds, at its last report.
+    pub(crate) source_ahead: i64,
     /// Last durable place.
     pub(crate) durable: Lsn,
     /// Oldest place that can be opened.
@@ -59,6 +61,7 @@ impl Replica {
                 row,
                 session: None,
                 report: None,
+                source_ahead: 0,
                 durable: Lsn::ZERO,
                 floor: Lsn::ZERO,
                 expired: Lsn::ZERO,

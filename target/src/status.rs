@@ -31,7 +31,9 @@ pub(crate) fn all(daemon: &Daemon) -> Result<Vec<ReplicaStatus>, Problem> {
 
 fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> ReplicaStatus {
     let report = facts.report.as_ref().map(|(report, _)| report);
-    let rpo = facts.points.newest.map(|newest| now.since(newest));
+    // Points carry the source's time: clocks that differ must not hide or invent a loss.
+    let there = WallTime::from_nanos(now.nanos().saturating_add(facts.source_ahead));
+    let rpo = facts.points.newest.map(|newest| there.since(newest));
     let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     ReplicaStatus {
         volume: facts.row.volume,
@@ -156,6 +158,7 @@ mod tests {
             },
             session: Some(Registry::default().enter(host).id),
             report: None,
+            source_ahead: 0,
             durable: Lsn::ZERO,
             floor: Lsn::ZERO,
             expired: Lsn::ZERO,
@@ -182,6 +185,13 @@ mod tests {
         assert_eq!(told(&healthy(), 101), (PairState::Lagging, vec![3107], Some(31_000)));
         let broken = Facts { problem: Some(crate::problem::stopping()), ..healthy() };
         assert_eq!(told(&broken, 75).0, PairState::Broken);
+    }
+
+    #[test]
+    fn clocks_that_differ_do_not_change_the_age_of_the_newest_point() {
+        let ahead = Facts { source_ahead: 60_000_000_000, ..healthy() };
+        assert_eq!(told(&ahead, 15), (PairState::Protected, vec![], Some(5_000)));
+        assert_eq!(told(&ahead, 75), (PairState::Lagging, vec![3107], Some(65_000)));
     }
 
     #[test]

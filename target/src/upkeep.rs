@@ -14,12 +14,14 @@ use crate::retention;
 use crate::worker::Work;
 
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-const EXPIRE_EVERY: Duration = Duration::from_secs(10);
+/// Expiry looks ten times in the life of a point, at most and at least so often.
+const EXPIRE_EVERY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// Runs until the daemon stops.
 pub(crate) async fn keep(daemon: Arc<Daemon>) {
     let mut report = interval(REPORT_EVERY);
-    let mut expire = interval(EXPIRE_EVERY);
+    let life = daemon.config.retention.duration();
+    let mut expire = interval((life / 10).clamp(EXPIRE_EVERY.0, EXPIRE_EVERY.1));
     report.set_missed_tick_behavior(MissedTickBehavior::Delay);
     expire.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -190,6 +190,10 @@ impl Worker {
     }
 
     fn open(&mut self, session: SessionId, outbox: Arc<Outbox>, open: &OpenVolume) {
+        // The last word of a connection that a newer one has replaced already.
+        if self.sender.as_ref().is_some_and(|s| s.session > session) {
+            return;
+        }
         self.commit();
         if self.store.is_none() {
             self.open_store();

@@ -29,6 +29,9 @@ use crate::replica::Replica;
 use crate::worker::Work;
 use crate::{enrol, problem};
 
+/// Most characters of a peer's text that are kept and shown.
+const MAX_SHOWN: usize = 200;
+
 /// Bytes of a batch whose chain, and so every byte, was verified in this process.
 #[derive(Debug)]
 pub(crate) struct VerifiedBatch(Vec<u8>);
@@ -106,8 +109,14 @@ async fn admit(daemon: &Arc<Daemon>, host: HostId, first: FromAgent) -> Result<u
     let version =
         version::choose(&versions).ok_or_else(|| problem::no_common_version(&versions))?;
     let row = blocking(daemon, move |d| enrol::require_enrolled(&d.catalogue, host)).await?;
-    tracing::info!(host = row.name, calls_itself = ?host_name, ?software, "host connected");
+    let (calls_itself, software) = (shorten(&host_name), shorten(&software));
+    tracing::info!(host = row.name, ?calls_itself, ?software, "host connected");
     Ok(version)
+}
+
+/// A peer's text as it is shown to people: bounded.
+fn shorten(text: &str) -> String {
+    text.chars().take(MAX_SHOWN).collect()
 }
 
 async fn enroll<W>(daemon: &Arc<Daemon>, writer: &mut W, first: FromAgent) -> SessionEnd
@@ -118,7 +127,7 @@ where
         return refuse(writer, problem::no_certificate()).await;
     };
     let signed = blocking(daemon, move |d| {
-        let host_name = &host_name;
+        let host_name = &shorten(&host_name);
         let request = enrol::Request { secret: &secret, host, host_name, csr: &csr };
         enrol::enroll(&d.authority, &d.catalogue, &request)
     });
@@ -330,10 +339,15 @@ impl Peer {
         Ok(())
     }
 
-    fn report(&self, report: VolumeReport) -> Result<(), Problem> {
+    fn report(&self, mut report: VolumeReport) -> Result<(), Problem> {
         // A report may cross a refusal on the way; only a replica of ours is updated.
         if let Some(replica) = self.volumes.get(&report.volume) {
-            replica.update(|facts| facts.report = Some((report, Instant::now())));
+            report.reason = shorten(&report.reason);
+            let ahead = report.now.nanos().saturating_sub(WallTime::now().nanos());
+            replica.update(|facts| {
+                facts.source_ahead = ahead;
+                facts.report = Some((report, Instant::now()));
+            });
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use farshore_blkfilter::frontend::nbd::{self, Export, Exports, Server};
 use farshore_extent::{BlockSizes, Extent, Lsn, PointKind, Problem, ViewId, VolumeSize, WallTime};
 use farshore_protocol::admin::{OpenView, PointChoice, ViewInfo};
-use farshore_protocol::paths::MAX_SOCKET_PATH;
+use farshore_protocol::paths::{MAX_SOCKET_PATH, Paths};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -142,15 +142,21 @@ impl Views {
     }
 }
 
-/// Makes the directory of scratches and empties it of what a crash between two calls left.
-pub(crate) fn prepare(dir: &Path) -> Result<(), Problem> {
-    durable_fs::create_private_dir(dir).map_err(|e| problem::file("create", dir, &e))?;
-    let stale = std::fs::read_dir(dir).map_err(|e| problem::file("read", dir, &e))?;
-    for entry in stale {
-        let removed = entry.and_then(|entry| std::fs::remove_file(entry.path()));
-        removed.map_err(|e| problem::file("clean", dir, &e))?;
+/// Makes the directories of scratches and sockets and empties them of what a crash left.
+pub(crate) fn prepare(scratches: &Path, paths: &Paths) -> Result<(), Problem> {
+    for dir in [scratches, &sockets(paths)] {
+        durable_fs::create_private_dir(dir).map_err(|e| problem::file("create", dir, &e))?;
+        let stale = std::fs::read_dir(dir).map_err(|e| problem::file("read", dir, &e))?;
+        for entry in stale {
+            let removed = entry.and_then(|entry| std::fs::remove_file(entry.path()));
+            removed.map_err(|e| problem::file("clean", dir, &e))?;
+        }
     }
     Ok(())
+}
+
+fn sockets(paths: &Paths) -> PathBuf {
+    paths.run.join("views")
 }
 
 /// Opens a view as `request` says.
@@ -257,10 +263,8 @@ fn socket_path(
     name: &farshore_extent::VolumeName,
     view: ViewId,
 ) -> Result<PathBuf, Problem> {
-    let dir = daemon.paths.run.join("views");
-    durable_fs::create_private_dir(&dir).map_err(|e| problem::file("create", &dir, &e))?;
     let short: String = view.to_string().chars().take(8).collect();
-    let path = dir.join(format!("{name}-{short}.sock"));
+    let path = sockets(&daemon.paths).join(format!("{name}-{short}.sock"));
     let len = path.as_os_str().len();
     if len > MAX_SOCKET_PATH {
         let why = format!(

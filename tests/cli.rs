@@ -1,7 +1,10 @@
 //! The command line from outside: exit codes, errors, and that asking changes nothing.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
+
+use farshore::flag::Flag;
 
 /// The executable under test: `FARSHORE_BIN`, or the one built beside this test.
 fn farshore() -> Command {
@@ -175,4 +178,114 @@ fn a_reader_that_goes_away_is_no_failure() {
     drop(child.stdout.take());
     let status = child.wait().unwrap();
     assert!(status.success(), "{status}");
+}
+
+/// A daemon that ends with the test.
+struct Daemon(Child);
+
+impl Daemon {
+    /// Starts it and waits until `probe` (words of the command line) succeeds.
+    fn start(root: &Path, words: &[&str], probe: &[&str]) -> Self {
+        let log = std::fs::File::create(root.join(format!("{}.log", words[0]))).unwrap();
+        let mut command = farshore();
+        command.arg("--die-with-parent").arg("--root").arg(root).args(words).stderr(log);
+        let daemon = Self(command.spawn().unwrap());
+        let begun = Instant::now();
+        while code(&run(root, probe)) == 5 {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{words:?} does not answer");
+            let _ = Flag::default().wait(Duration::from_millis(20));
+        }
+        daemon
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A block device that is mounted on this machine.
+fn mounted_device() -> Option<String> {
+    use std::os::unix::fs::FileTypeExt;
+    let mounts = std::fs::read_to_string("/proc/mounts").ok()?;
+    let devices = mounts.lines().filter_map(|line| line.split(' ').next());
+    let is_block = |d: &&str| std::fs::metadata(d).is_ok_and(|m| m.file_type().is_block_device());
+    devices.filter(|d| d.starts_with("/dev/")).find(is_block).map(str::to_owned)
+}
+
+fn disk(root: &Path, name: &str, bytes: u64) -> String {
+    let path = root.join(name);
+    std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn the_preflight_names_what_stands_in_the_way_and_dry_run_changes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let _filterd = Daemon::start(root, &["filterd"], &["unprotect", "x", "--yes"]);
+    let small = disk(root, "small.img", 4096);
+    let dir = root.display().to_string();
+    for (path, exit, code_text) in [
+        (dir.as_str(), 4, "FS-4013"),
+        (small.as_str(), 4, "FS-4019"),
+        ("/nonexistent/disk", 3, "FS-4011"),
+    ] {
+        for dry in [true, false] {
+            let mut words = vec!["protect", path, "--name", "x"];
+            words.extend(dry.then_some("--dry-run"));
+            let output = run(root, &words);
+            assert_eq!(code(&output), exit, "{path}: {}", err(&output));
+            assert!(err(&output).contains(code_text), "{path}: {}", err(&output));
+            assert!(err(&output).contains("nothing was changed"), "{path}: {}", err(&output));
+        }
+    }
+    let good = disk(root, "disk.img", 4 << 20);
+    let dry = run(root, &["protect", &good, "--name", "good", "--dry-run"]);
+    assert_eq!(code(&dry), 0, "{}", err(&dry));
+    assert_eq!(code(&run(root, &["unprotect", "good", "--yes"])), 3, "it was a dry run");
+    let done = run(root, &["protect", &good, "--name", "good", "--policy", "30s", "--json"]);
+    assert_eq!(code(&done), 0, "{}", err(&done));
+    assert_eq!(json(&done)["volume"]["point_interval_ms"], 30_000);
+    let twice = run(root, &["protect", &good, "--name", "again"]);
+    assert_eq!(code(&twice), 4, "{}", err(&twice));
+    let unasked = run(root, &["unprotect", "good"]);
+    assert_eq!(code(&unasked), 4, "nobody can be asked: {}", err(&unasked));
+    assert!(err(&unasked).contains("FS-4902"));
+    assert_eq!(code(&run(root, &["unprotect", "good", "--yes", "--dry-run"])), 0);
+    assert_eq!(code(&run(root, &["unprotect", "good", "--yes"])), 0);
+    assert_eq!(code(&run(root, &["unprotect", "good", "--yes"])), 3);
+}
+
+#[test]
+fn a_mounted_device_is_refused() {
+    let Some(device) = mounted_device() else {
+        println!("skipped: no block device is mounted on this machine");
+        return;
+    };
+    let root = tempfile::tempdir().unwrap();
+    let _filterd = Daemon::start(root.path(), &["filterd"], &["unprotect", "x", "--yes"]);
+    let output = run(root.path(), &["protect", &device, "--name", "x"]);
+    assert_eq!(code(&output), 4, "{}", err(&output));
+    assert!(err(&output).contains("FS-4012"), "{}", err(&output));
+}
+
+#[test]
+fn status_says_what_is_missing_and_is_partial_then() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let _filterd = Daemon::start(root, &["filterd"], &["unprotect", "x", "--yes"]);
+    let good = disk(root, "disk.img", 4 << 20);
+    assert_eq!(code(&run(root, &["protect", &good, "--name", "good"])), 0);
+    let output = run(root, &["status", "--json"]);
+    let status = json(&output);
+    assert_eq!(code(&output), 6, "the agent is missing");
+    assert_eq!(status["schema"], "farshore.status/1");
+    assert_eq!(status["volumes"][0]["volume"], "good");
+    assert_ne!(status["volumes"][0]["state"], "protected", "never ok with a problem inside");
+    assert_eq!(status["problems"][0]["code"], "FS-5902");
+    let check = run(root, &["check", "--rpo", "30s"]);
+    assert_eq!(code(&check), 2, "no point exists: critical");
 }

@@ -55,11 +55,16 @@ pub fn show(copy: &FirstCopy, load: &Load, proof: &Proof, story: &Story) {
         row(
             "written",
             format!(
-                "{} writes, {} in {} ({}/s)",
+                "{} writes, {} in {} ({}/s){}",
                 count(load.stats.writes + fio_writes),
                 units::bytes(bytes),
                 units::span(load.took),
-                units::bytes(rate)
+                units::bytes(rate),
+                if fio_writes > 0 {
+                    format!(", {} of the writes by fio", count(fio_writes))
+                } else {
+                    String::new()
+                }
             ),
         ),
         row(

@@ -143,6 +143,7 @@ impl Scene<'_> {
         let before = self.stage.volume()?.writes;
         self.stage.pause(Duration::from_millis(700))?;
         let volume = self.stage.volume()?;
+        self.load.worst_lag = self.load.worst_lag.max(volume.pool_used);
         let (more, lag) = (count(volume.writes - before), units::bytes(volume.pool_used));
         let start = self.stage.start(victim)?;
         let back = Instant::now();

@@ -67,13 +67,15 @@ fn check(stage: &Stage, view: &ViewInfo, bounds: Bounds) -> Result<ledger::CutRe
     checked.map_err(|why| disproved(format!("the view at {} is wrong", view.lsn), why))
 }
 
-fn sentence(report: &ledger::CutReport) -> String {
+fn sentence(stage: &Stage, report: &ledger::CutReport) -> String {
+    // What filled the disk before the load is no news.
+    let writes = count(report.writes.saturating_sub(stage.primed));
     let in_flight = match report.left_out {
         0 => String::new(),
         1 => ", 1 in flight left out".to_owned(),
         n => format!(", {n} in flight left out"),
     };
-    format!("a consistent cut: the first {} writes{in_flight}", count(report.writes))
+    format!("a consistent cut: the first {writes} writes{in_flight}")
 }
 
 /// One view, opened and proven while the writers go on.
@@ -82,7 +84,11 @@ pub fn while_running(stage: &Stage, named: &Named, story: &Story) -> Result<(), 
     let (view, took) = open(stage, choice)?;
     let report = check(stage, &view, named.bounds)?;
     close(stage, &view, "demo, under load")?;
-    story.proven(&format!("opened under load in {} ms: {}", millis(took), sentence(&report)));
+    story.proven(&format!(
+        "opened under load in {} ms: {}",
+        millis(took),
+        sentence(stage, &report)
+    ));
     Ok(())
 }
 
@@ -122,11 +128,18 @@ fn unmarked_moment(points: &[PointInfo], load: &Load) -> Option<WallTime> {
 /// All proofs after the load.
 pub fn run(stage: &Stage, load: &Load, story: &Story) -> Result<Proof, End> {
     story.chapter("Any moment of the past is a disk: several at once, each proven");
+    story.say(
+        "Each block says which write it is, so a point can be proven: all that was answered before",
+    );
+    story.say(
+        "it is there, nothing begun after it is, and no write without those it could build on.",
+    );
     let kept = points(stage)?;
     let mut chosen: Vec<(PointChoice, Bounds)> = Vec::new();
     let during = |p: &&PointInfo| p.name.is_empty() && p.time > load.span.0 && p.time < load.span.1;
     let by_policy: Vec<_> = kept.iter().filter(during).collect();
-    for point in [by_policy.last(), by_policy.get(by_policy.len() / 3)].into_iter().flatten() {
+    let part = |n: usize| by_policy.get(by_policy.len() * n / 10);
+    for point in [part(8), part(3)].into_iter().flatten() {
         chosen.push((PointChoice::Id(point.point), around(stage, point.time)));
     }
     for named in load.named.iter().filter(|n| n.point.name != "the-end") {
@@ -146,7 +159,7 @@ pub fn run(stage: &Stage, load: &Load, story: &Story) -> Result<Proof, End> {
         let report = check(stage, view, *bounds)?;
         proof.writes += report.writes;
         story.command(&format!("failover test demo --point '{}'", choose::shown(choice)));
-        story.proven(&format!("open in {} ms: {}", millis(*took), sentence(&report)));
+        story.proven(&format!("open in {} ms: {}", millis(*took), sentence(stage, &report)));
     }
     if let Some((_, bounds, view, _)) = views.first() {
         scratch_is_private(stage, view, *bounds, story)?;
@@ -154,7 +167,7 @@ pub fn run(stage: &Stage, load: &Load, story: &Story) -> Result<Proof, End> {
     for (_, _, view, _) in &views {
         close(stage, view, "demo")?;
     }
-    proof.compared = compare(stage, story)?;
+    proof.compared = compare(stage, load.fio.is_some(), story)?;
     Ok(proof)
 }
 
@@ -185,7 +198,7 @@ fn scratch_is_private(
 }
 
 /// The latest point, the protected disk and the raw file behind it: the same bytes.
-fn compare(stage: &Stage, story: &Story) -> Result<u64, End> {
+fn compare(stage: &Stage, with_fio: bool, story: &Story) -> Result<u64, End> {
     let (view, _) = open(stage, PointChoice::Latest)?;
     let mut replica = client(&view)?;
     let volume = stage.volume()?.info;
@@ -211,8 +224,9 @@ fn compare(stage: &Stage, story: &Story) -> Result<u64, End> {
         offset += CHUNK as u64;
     }
     close(stage, &view, "demo, compared")?;
+    let part = if with_fio { ", fio's part included" } else { "" };
     story.proven(&format!(
-        "the latest point is the source, byte for byte ({} bytes, fio's part included)",
+        "the latest point is the source, byte for byte ({} bytes{part})",
         count(stage.size)
     ));
     Ok(stage.size)

@@ -24,15 +24,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// A daemon.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A daemon; in the order in which they are stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Actor {
-    /// `farshore target run`
-    Target,
     /// `farshore filterd`
     Filterd,
     /// `farshore agent`
     Agent,
+    /// `farshore target run`
+    Target,
 }
 
 impl Actor {
@@ -75,6 +75,8 @@ pub struct Stage {
     pub size: u64,
     /// What must be on it, in its first three quarters.
     pub ledger: Arc<Ledger>,
+    /// Writes that filled it before anything began.
+    pub primed: u64,
 }
 
 impl Stage {
@@ -104,6 +106,7 @@ impl Stage {
             name,
             disk,
             size,
+            primed: ledger.issued(),
             ledger,
         })
     }
@@ -276,8 +279,9 @@ impl Stage {
     pub fn stop_all(&mut self) {
         use nix::sys::signal::{Signal, kill};
         let pause = Flag::default();
-        // The source first: what it captured can still be sent while the others run.
-        for (_, mut child) in self.running.drain(..).rev() {
+        // The source first: while it stops, the others take what it captured, and it ends clean.
+        self.running.sort_by_key(|(actor, _)| *actor);
+        for (_, mut child) in self.running.drain(..) {
             if let Ok(pid) = i32::try_from(child.id()) {
                 let _ = kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM);
             }

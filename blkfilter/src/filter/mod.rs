@@ -12,6 +12,8 @@ mod host;
 mod inbox;
 mod queue;
 mod slots;
+#[cfg(test)]
+mod tests;
 
 pub use copy_loop::CopyLoop;
 pub use device::{FilterConfig, FilterDevice};

@@ -59,6 +59,11 @@ pub fn span(d: Duration) -> String {
     }
 }
 
+/// A short time span, to the millisecond below a second: `14 ms`, `3.1s`.
+pub fn moment(d: Duration) -> String {
+    if d.as_secs() == 0 { format!("{} ms", d.as_millis()) } else { span(d) }
+}
+
 /// A wanted time span without needless parts: `30s`, `5m`, `1h30m`, `250ms`.
 pub fn wanted(d: Duration) -> String {
     let s = d.as_secs();
@@ -212,6 +217,7 @@ mod tests {
         ] {
             assert_eq!(span(d), text);
         }
+        assert_eq!(moment(Duration::from_millis(14)), "14 ms");
         for (text, d) in [("30s", s(30)), ("5m", s(300)), ("1h30m", s(5400)), ("off", s(0))] {
             assert_eq!(text.parse::<Interval>(), Ok(Interval(d)), "{text}");
             assert_eq!(Interval(d).to_string(), text);

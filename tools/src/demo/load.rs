@@ -129,7 +129,7 @@ impl Scene<'_> {
         let point = tag(self.stage, name)?;
         let bounds = Bounds { not_before, not_after: ledger.now() };
         self.story.command(&format!("point tag demo --name {name}"));
-        let took = units::span(begun.elapsed());
+        let took = units::moment(begun.elapsed());
         self.story.say(&format!("{} is durable at the target after {took}.", point.point));
         let named = Named { point, bounds };
         self.load.named.push(named.clone());
@@ -155,8 +155,8 @@ impl Scene<'_> {
         self.story.say(&format!(
             "{more} writes were made meanwhile ({lag} waiting). {name} answers after {}, \
              replication goes on after {}.",
-            units::span(start),
-            units::span(back.elapsed())
+            units::moment(start),
+            units::moment(back.elapsed())
         ));
         Ok(())
     }
@@ -187,7 +187,7 @@ fn drain(stage: &mut Stage, load: &mut Load, story: &Story) -> Result<(), End> {
         return Err(cannot("the backlog was not sent", "60 s were not enough"));
     }
     load.drained_in = begun.elapsed();
-    let took = units::span(load.drained_in);
+    let took = units::moment(load.drained_in);
     story.say(&format!("The writers stop; {took} later everything is durable at the target."));
     let not_before = stage.ledger.now();
     let point = tag(stage, "the-end")?;

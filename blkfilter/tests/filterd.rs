@@ -285,3 +285,26 @@ fn a_recopy_sends_everything_again_and_unprotect_leaves_the_disk_alone() {
     assert!(client.list().unwrap().is_empty() && world.image() == before);
     assert_eq!(client.unprotect(name, false).unwrap_err().code.0, 2035);
 }
+
+#[test]
+fn a_backing_that_comes_late_is_attached_when_it_is_there() {
+    let mut world = World::new();
+    let info = world.protect(16 << 20);
+    world.end(Signal::SIGTERM);
+    let (disk, aside) = (world.dir.path().join("disk.img"), world.dir.path().join("aside"));
+    fs::hard_link(&disk, &aside).unwrap();
+    fs::remove_file(&disk).unwrap();
+    world.daemon = start(world.dir.path());
+    assert!(world.client().list().unwrap().is_empty());
+    fs::hard_link(&aside, &disk).unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    let attached = loop {
+        match world.client().list().unwrap().pop() {
+            Some(status) => break status.info,
+            None => assert!(Instant::now() < until, "not attached in time"),
+        }
+    };
+    assert_eq!(attached.volume, info.volume);
+    assert!(attached.epoch > info.epoch);
+    world.connect().write(0, &content(1, 4096)).unwrap();
+}

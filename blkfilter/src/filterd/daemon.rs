@@ -1,6 +1,10 @@
 //! Starting and stopping, in order.
 
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 use farshore_extent::{Problem, VolumeName};
 
@@ -14,12 +18,24 @@ use crate::control::server::{Serve, Server};
 use crate::durable_fs;
 use crate::filter::Host;
 use crate::sys::process;
+use crate::sys::wake::{Event, wait_readable};
+
+/// How long a start waits for claims that somebody holds. The kernel finishes the last I/O of a
+/// killed daemon, and its claim ends with that.
+const CLAIM_WAIT: Duration = Duration::from_secs(10);
+
+/// Between two looks at a claim.
+const CLAIM_LOOK: Duration = Duration::from_millis(20);
+
+/// Between two attempts to attach a volume whose backing was not there.
+const ATTACH_AGAIN: Duration = Duration::from_secs(2);
 
 /// A running daemon. Dropping it is like killing it: nothing is marked clean.
 #[derive(Debug)]
 pub struct Daemon {
     // Goes first: nobody asks for anything any more.
     control: Server,
+    attaching: Attaching,
     service: Arc<Service>,
     host: Arc<Host>,
 }
@@ -45,18 +61,21 @@ impl Daemon {
         let host = Arc::new(Host::new(epoch, config.limits.clone()));
         let (config, state) = (Arc::new(config), Arc::new(state));
         let ground = Ground { config: Arc::clone(&config), state, host: Arc::clone(&host) };
-        let service = Arc::new(Service::start(ground, records));
+        let service = Arc::new(Service::new(ground, records));
+        let failed = |e: io::Error| problem::resources("a thread", e);
+        let attaching = Attaching::start(&service).map_err(failed)?;
         let serve = Arc::clone(&service) as Arc<dyn Serve>;
         let control = Server::bind(&config.control_socket, config.access.clone(), serve)
             .map_err(|e| problem::socket(&config.control_socket, &e))?;
         tracing::info!(%epoch, socket = %config.control_socket.display(), "filterd runs");
-        Ok(Self { control, service, host })
+        Ok(Self { control, attaching, service, host })
     }
 
     /// Stops in order: clients finish, the agent gets a moment to release everything, what is
     /// durable at the target is marked clean. Returns the volumes that will be copied again.
     #[must_use]
     pub fn stop(mut self) -> Vec<VolumeName> {
+        self.attaching.stop();
         self.service.quiesce();
         self.host.stop_waits();
         self.control.stop();
@@ -67,6 +86,55 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.host.stop_waits();
+    }
+}
+
+/// Attaches what is on record: at once, and again until it is there.
+#[derive(Debug)]
+struct Attaching {
+    stop: Arc<Event>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Attaching {
+    /// Returns when every volume is attached or is missing for another reason than a claim that
+    /// may end soon.
+    fn start(service: &Arc<Service>) -> io::Result<Self> {
+        let stop = Arc::new(Event::new()?);
+        let until = Instant::now() + CLAIM_WAIT;
+        let mut absent = service.attach_missing();
+        while absent.claimed > 0 && Instant::now() < until {
+            wait_readable(&[(*stop).as_fd()], Some(CLAIM_LOOK))?;
+            absent = service.attach_missing();
+        }
+        let mut attaching = Self { stop, thread: None };
+        if absent.volumes > 0 {
+            let (service, stop) = (Arc::clone(service), Arc::clone(&attaching.stop));
+            let again = move || {
+                while wait_readable(&[(*stop).as_fd()], Some(ATTACH_AGAIN))
+                    .is_ok_and(|stopped| stopped == [false])
+                {
+                    if service.attach_missing().volumes == 0 {
+                        return;
+                    }
+                }
+            };
+            attaching.thread = Some(Builder::new().name("attach".into()).spawn(again)?);
+        }
+        Ok(attaching)
+    }
+
+    fn stop(&mut self) {
+        self.stop.set();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // a panic there was reported when it happened
+        }
+    }
+}
+
+impl Drop for Attaching {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName};
+use farshore_extent::{CaptureOrder, Code, Problem, VolumeId, VolumeName};
 
 use super::attached::{Attached, Ground, open};
 use super::problem;
@@ -25,16 +25,36 @@ const MAX_DRAIN: Duration = Duration::from_secs(3600);
 /// Possible sizes of a pool, in bytes.
 const POOL_SIZES: std::ops::RangeInclusive<u64> = 8 << 20..=64 << 30;
 
+/// Somebody else holds the exclusive claim on the backing.
+const CLAIMED: Code = Code(4016);
+
 /// The daemon's volumes.
 #[derive(Debug)]
 pub(super) struct Service {
     ground: Ground,
     volumes: Mutex<BTreeMap<VolumeName, Arc<Attached>>>,
-    /// Known, but its backing could not be attached at start.
-    missing: Mutex<Vec<VolumeRecord>>,
+    /// On record, but not attached.
+    missing: Mutex<Vec<Missing>>,
     /// Held while volumes come or go; opening devices takes time.
     changing: Mutex<()>,
     stopping: AtomicBool,
+}
+
+/// A volume on record that is not attached.
+#[derive(Debug)]
+struct Missing {
+    record: VolumeRecord,
+    /// The reason that was logged last.
+    told: Option<Code>,
+}
+
+/// How many volumes on record are not attached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Absent {
+    pub(super) volumes: usize,
+    /// Of these, because somebody holds the claim: at a start most often the kernel, which
+    /// finishes the last I/O of a killed daemon.
+    pub(super) claimed: usize,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -42,31 +62,69 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Service {
-    /// Attaches every volume on record. What cannot be attached is reported in the log and kept.
-    pub(super) fn start(ground: Ground, records: Vec<VolumeRecord>) -> Self {
-        let (mut volumes, mut missing) = (BTreeMap::new(), Vec::new());
-        for record in records {
-            let name = record.name.clone();
-            let attached = open(&record.backing)
-                .and_then(|backing| Attached::attach(&ground, backing, record.clone(), true));
-            match attached {
-                Ok(attached) => {
-                    volumes.insert(name, attached);
-                }
-                Err(problem) => {
-                    let (why, next) = (&problem.why, &problem.next);
-                    tracing::error!(volume = %name, %problem, why, next, "volume not attached");
-                    missing.push(record);
-                }
-            }
-        }
+    /// A service that knows the volumes on record and has attached none.
+    pub(super) fn new(ground: Ground, records: Vec<VolumeRecord>) -> Self {
+        let missing = records.into_iter().map(|record| Missing { record, told: None }).collect();
         Self {
             ground,
-            volumes: Mutex::new(volumes),
+            volumes: Mutex::new(BTreeMap::new()),
             missing: Mutex::new(missing),
             changing: Mutex::new(()),
             stopping: AtomicBool::new(false),
         }
+    }
+
+    /// Attaches every volume on record that can be. The reason why one cannot is logged when it is
+    /// new.
+    pub(super) fn attach_missing(&self) -> Absent {
+        let _changing = lock(&self.changing);
+        let known: Vec<VolumeRecord> =
+            lock(&self.missing).iter().map(|m| m.record.clone()).collect();
+        let mut absent = Absent::default();
+        for record in known {
+            if self.stopping.load(Ordering::Acquire) {
+                break;
+            }
+            let id = record.volume;
+            match self.attach_known(record) {
+                Ok(attached) => {
+                    lock(&self.missing).retain(|m| m.record.volume != id);
+                    lock(&self.volumes).insert(attached.info.name.clone(), attached);
+                }
+                Err(problem) => {
+                    absent.volumes += 1;
+                    absent.claimed += usize::from(problem.code == CLAIMED);
+                    let mut missing = lock(&self.missing);
+                    let entry = missing.iter_mut().find(|m| m.record.volume == id);
+                    if let Some(entry) = entry.filter(|m| m.told != Some(problem.code)) {
+                        entry.told = Some(problem.code);
+                        let (why, next) = (&problem.why, &problem.next);
+                        let name = &entry.record.name;
+                        if problem.code == CLAIMED {
+                            tracing::info!(volume = %name, %problem, "waiting for the claim");
+                            continue;
+                        }
+                        tracing::error!(volume = %name, %problem, why, next, "not attached");
+                    }
+                }
+            }
+        }
+        absent
+    }
+
+    /// While the daemon was away the backing may have been mounted or taken by others.
+    fn attach_known(&self, record: VolumeRecord) -> Result<Arc<Attached>, Problem> {
+        let request = ProtectRequest {
+            name: record.name.clone(),
+            backing: record.backing.clone(),
+            nbd_socket: Some(record.nbd_socket.clone()),
+            pool_bytes: Some(record.pool_bytes),
+            point_interval_ms: record.point_interval_ms,
+        };
+        if let Some(problem) = self.preflight(&request).into_iter().next() {
+            return Err(problem);
+        }
+        Attached::attach(&self.ground, open(&record.backing)?, record, true)
     }
 
     fn all(&self) -> Vec<Arc<Attached>> {
@@ -76,6 +134,10 @@ impl Service {
     fn find(&self, id: VolumeId) -> Result<Arc<Attached>, Problem> {
         let found = lock(&self.volumes).values().find(|v| v.id() == id).cloned();
         found.ok_or_else(|| problem::no_such_volume(id))
+    }
+
+    fn missing_named(&self, name: &VolumeName) -> Option<VolumeRecord> {
+        lock(&self.missing).iter().map(|m| &m.record).find(|r| r.name == *name).cloned()
     }
 
     fn places(&self) -> OwnPlaces {
@@ -96,7 +158,10 @@ impl Service {
             problems.push(problem::bad_pool(bytes));
         }
         let missing = lock(&self.missing);
-        let other = missing.iter().find(|r| r.name == request.name && r.backing != request.backing);
+        let other = missing
+            .iter()
+            .map(|m| &m.record)
+            .find(|r| r.name == request.name && r.backing != request.backing);
         problems.extend(other.map(|r| problem::known_elsewhere(&r.name, &r.backing)));
         problems
     }
@@ -110,7 +175,7 @@ impl Service {
             return Err(problem);
         }
         let backing = open(&request.backing)?;
-        let known = lock(&self.missing).iter().find(|r| r.name == request.name).cloned();
+        let known = self.missing_named(&request.name);
         let config = &self.ground.config;
         let record = VolumeRecord {
             version: VolumeRecord::VERSION,
@@ -134,7 +199,7 @@ impl Service {
                 }
             })?;
         let info = attached.info.clone();
-        lock(&self.missing).retain(|r| r.volume != id);
+        lock(&self.missing).retain(|m| m.record.volume != id);
         lock(&self.volumes).insert(info.name.clone(), attached);
         Ok(info)
     }
@@ -144,10 +209,9 @@ impl Service {
         if self.stopping.load(Ordering::Acquire) {
             return Err(problem::stopping());
         }
-        let missing = lock(&self.missing).iter().find(|r| r.name == *name).map(|r| r.volume);
-        if let Some(id) = missing {
+        if let Some(VolumeRecord { volume: id, .. }) = self.missing_named(name) {
             self.ground.state.remove(id)?;
-            lock(&self.missing).retain(|r| r.volume != id);
+            lock(&self.missing).retain(|m| m.record.volume != id);
             return Ok(());
         }
         let volume = lock(&self.volumes).get(name).cloned();

@@ -156,14 +156,13 @@ class Replicated(_Source):
         self.daemon("target", "target", "run")
         self.children.serving(f"{label}-target", self.root / "run/target.sock")
         made = self.cli("token", "create", "--for", HOST, "--address", address, "--json")
-        token = json.loads(made)["token"]
-        self.cli("enroll", token if isinstance(token, str) else token["token"])
+        self.cli("enroll", json.loads(made)["token"]["token"])
         if not compression:
             self.switch_compression_off()
         self.start_filterd()
         self.daemon("agent", "agent")
         self.protect()
-        wait_until("first copy at the target", self.ordered, seconds=180, step=0.2)
+        wait_until("first copy at the target", self.shipped, seconds=180, step=0.2)
 
     def switch_compression_off(self) -> None:
         """A setting of the agent, for this comparison."""
@@ -178,6 +177,10 @@ class Replicated(_Source):
             self.children.check(f"{self.label}-{name}")
         row = self.row()
         return row["copy_remaining"] == 0 and row["state"] in ("protected", "lagging")
+
+    def shipped(self) -> bool:
+        """In order, and nothing on the way."""
+        return self.ordered() and self.lag_bytes() == 0
 
     def lag_bytes(self) -> int:
         """Bytes captured and not durable at the target."""
@@ -199,7 +202,7 @@ class Replicated(_Source):
     def verify(self) -> bool:
         """Opens the newest point and compares every byte with the source."""
         opened = json.loads(self.cli("failover", "test", VOLUME, "--point", f"tag:bench-{self.tags}", "--json"))
-        view = opened.get("view", opened)
+        view = opened["views"][0]
         try:
             return export_equals_file(uri(view["nbd_socket"], view["export"]), self.image, self.root)
         finally:

@@ -74,9 +74,12 @@ impl Ring {
     /// Out of descriptors. Not: io_uring being forbidden, or memory that cannot be registered.
     pub fn new(file: Arc<File>, config: RingConfig) -> io::Result<Self> {
         let depth = if config.depth == 0 { 128 } else { config.depth };
+        // Without direct I/O the ring sees no payload: pinning a pool of 256 MiB for it would cost
+        // every new connection up to 70 ms.
+        let fixed = if config.buffered { Vec::new() } else { config.fixed };
         let uring = match config.engine {
             Engine::Blocking => None,
-            Engine::Auto => match Uring::new(&file, depth, config.fixed) {
+            Engine::Auto => match Uring::new(&file, depth, fixed) {
                 Ok(uring) => Some(uring),
                 Err(error) => {
                     tracing::info!(%error, "io_uring is not available, using blocking calls");

@@ -109,8 +109,9 @@ class Children:
                     child.wait(10)
 
 
-def run(command: list[str | Path], seconds: float = 120.0) -> str:
-    """Runs a command to its end and returns its standard output; failure is a failed measurement."""
+def run(command: list[str | Path], seconds: float = 120.0, fine: tuple[int, ...] = (0,)) -> str:
+    """Runs a command to its end and returns its standard output; an exit code that is not `fine` is a
+    failed measurement."""
     words = [str(word) for word in command]
     try:
         done = subprocess.run(
@@ -118,6 +119,6 @@ def run(command: list[str | Path], seconds: float = 120.0) -> str:
         )
     except subprocess.TimeoutExpired as late:
         raise BenchError(f"{' '.join(words)}: not finished within {seconds:.0f} s") from late
-    if done.returncode != 0:
+    if done.returncode not in fine:
         raise BenchError(f"{' '.join(words)}: code {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-500:]}")
     return done.stdout

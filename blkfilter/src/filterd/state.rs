@@ -261,7 +261,7 @@ mod tests {
         let stolen = volumes.join(format!("{}.json", VolumeId::random()));
         fs::copy(volumes.join(format!("{}.json", good.volume)), stolen).unwrap();
         let (records, problems) = state.volumes().unwrap();
-        assert_eq!(records, [good.clone()]);
+        assert_eq!(records, std::slice::from_ref(&good));
         assert_eq!(problems.len(), 2);
         state.remove(good.volume).unwrap();
         assert!(state.volumes().unwrap().0.is_empty());

@@ -306,3 +306,34 @@ pub enum ReadError {
     #[error(transparent)]
     Store(#[from] StoreError),
 }
+
+impl ReadError {
+    /// What a person is told; the reader of the view gets an I/O error.
+    #[must_use]
+    pub fn problem(&self, volume: &str) -> Problem {
+        let what = format!("cannot read a view of {volume}: {self}");
+        match self {
+            Self::Outside { .. } => Problem::harmless(
+                6013,
+                what,
+                "the request lies beyond the end of the volume",
+                "read within the size that the export announces",
+            ),
+            Self::Unknown { .. } => Problem::harmless(
+                6014,
+                what,
+                "the source's disk failed a write there and its content was not read again yet",
+                "choose another point; check the source's disk",
+            )
+            .with_risk("these bytes do not exist at this point; all others can be read"),
+            Self::Damaged { .. } => Problem::harmless(
+                6009,
+                what,
+                "bytes read back do not match their checksum",
+                "choose a newer point that overwrote the range; check the disk under the store",
+            )
+            .with_risk("these bytes of this point are lost; all others can be read"),
+            Self::Store(e) => e.problem(volume),
+        }
+    }
+}

@@ -18,9 +18,9 @@ pub const MAX_SPARES: usize = 4;
 /// Decoded frames that a view keeps: 256 x 64 KiB = 16 MiB.
 pub const VIEW_FRAMES: usize = 256;
 
-/// Index pages that a view keeps: 4,096 x (255 x 32 B in memory) = 33 MB, the index of 16 GiB of
-/// journal at 16 KiB an extent.
-pub const VIEW_PAGES: usize = 4096;
+/// Pages of runs, and as many of frame directories, that a view keeps: 2,048 x 255 x (32 B + 20 B
+/// in memory) = 27 MB; enough for the index of 8 GiB of journal at 16 KiB an extent.
+pub const VIEW_PAGES: usize = 2048;
 
 /// Segments merged into the base at once: 16 x about 16,000 extents x 64 B in the map = 16 MB.
 pub const APPLY_SEGMENTS: usize = 16;

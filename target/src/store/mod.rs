@@ -154,8 +154,6 @@ pub struct Store {
     spares: Vec<String>,
     /// Highest number given to a spare.
     spare_count: u64,
-    /// The last attempt to make a new segment found no room.
-    disk_was_full: bool,
     next_segment: SegmentId,
     group: AlignedBuf,
     pending: Vec<Pending>,

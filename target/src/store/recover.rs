@@ -470,7 +470,6 @@ impl Walk {
             open: self.open,
             spares,
             spare_count,
-            disk_was_full: false,
             next_segment: self.highest.next(),
             group: AlignedBuf::with_capacity(MAX_GROUP_BYTES),
             pending: Vec::new(),

@@ -6,7 +6,7 @@ use farshore_changelog::{FooterHead, SegmentHeader, SegmentIndexBuilder};
 use farshore_extent::Lsn;
 
 use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind};
-use super::error::{StoreError, is_full};
+use super::error::StoreError;
 use super::limits::MAX_SPARES;
 use super::segment::{Index, Segment, file_name};
 use super::{OpenSegment, Store};
@@ -35,21 +35,23 @@ pub(crate) fn write_zeroes(file: &dyn DiskFile, from: u64, to: u64) -> std::io::
 }
 
 impl Store {
-    /// Prepares files ahead of need, so that a commit does not wait for 64 MiB of zeroes. Call
-    /// when there is time.
+    /// Prepares files ahead of need: the reserve, and one for the next segment, so that a commit
+    /// does not wait for 64 MiB of zeroes. Call when there is time; does one file at a time and
+    /// says whether there is more to do.
     ///
     /// # Errors
     /// [`StoreError`]; a full disk is none: there is then less in reserve.
-    pub fn prepare_reserve(&mut self) -> Result<(), StoreError> {
+    pub fn prepare_reserve(&mut self) -> Result<bool, StoreError> {
         self.check_alive()?;
-        while self.spares.len() < self.config.reserve_segments {
-            match self.prewrite(self.config.segment_bytes) {
-                Ok(name) => self.spares.push(name),
-                Err(StoreError::DiskFull { .. }) => return Ok(()),
-                Err(e) => return Err(self.poison(e)),
-            }
+        if self.spares.len() > self.config.reserve_segments {
+            return Ok(false);
         }
-        self.sync_dir()
+        match self.prewrite(self.config.segment_bytes) {
+            Ok(name) => self.spares.push(name),
+            Err(StoreError::DiskFull { .. }) => return Ok(false),
+            Err(e) => return Err(self.poison(e)),
+        }
+        Ok(self.spares.len() <= self.config.reserve_segments)
     }
 
     /// Begins the next segment behind what is durable, large enough for the first waiting batch.
@@ -96,29 +98,22 @@ impl Store {
         Ok(file)
     }
 
-    /// A prewritten file of exactly `capacity` bytes. The reserve is left alone while a new file
-    /// can be made.
+    /// A prewritten file of exactly `capacity` bytes. The reserve is never touched: it is for
+    /// expiry on a full disk.
     fn take_spare(&mut self, capacity: u64) -> Result<String, StoreError> {
         let fits = |disk: &dyn Disk, name: &str| {
             let len = disk.open(name, FileKind::Journal).and_then(|f| f.len());
             len.is_ok_and(|len| len == capacity)
         };
-        if self.spares.len() > self.config.reserve_segments || self.reserve_is_fresh() {
-            let found = self.spares.iter().position(|name| fits(self.disk.as_ref(), name));
-            if let Some(n) = found {
-                return Ok(self.spares.remove(n));
-            }
+        if self.spares.len() > self.config.reserve_segments
+            && let Some(n) = self.spares.iter().position(|name| fits(self.disk.as_ref(), name))
+        {
+            return Ok(self.spares.remove(n));
         }
         self.prewrite(capacity).map_err(|e| match e {
             full @ StoreError::DiskFull { .. } => full,
             other => self.poison(other),
         })
-    }
-
-    /// While the disk has room the reserve may be used and is filled again by
-    /// [`Self::prepare_reserve`]; what matters is that it exists when the disk is full.
-    fn reserve_is_fresh(&self) -> bool {
-        !self.disk_was_full
     }
 
     /// Writes a new file full of zeroes: syncs of prewritten files cost a third.
@@ -130,12 +125,8 @@ impl Store {
             file.sync()
         });
         match made {
-            Ok(()) => {
-                self.disk_was_full = false;
-                Ok(name)
-            }
+            Ok(()) => Ok(name),
             Err(e) => {
-                self.disk_was_full |= is_full(&e);
                 // Nothing depends on the file yet.
                 let _ = self.disk.delete(&name);
                 Err(StoreError::io("a new journal segment", e))
@@ -146,7 +137,6 @@ impl Store {
     /// Gives the reserve back to a full disk so that expiry can go on (design 04 rule 8).
     pub(super) fn give_up_reserve(&mut self) -> bool {
         let Some(name) = self.spares.pop() else { return false };
-        self.disk_was_full = true;
         self.disk.delete(&name).is_ok()
     }
 

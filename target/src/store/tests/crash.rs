@@ -57,7 +57,7 @@ impl World {
             self.acked = committed.durable;
             self.source.acked = committed.durable;
             if self.source.rng.below(8) == 0 {
-                store.prepare_reserve()?;
+                while store.prepare_reserve()? {}
             }
             if self.source.rng.below(4) == 0 {
                 let images: Vec<_> =

@@ -15,6 +15,14 @@ use crate::store::{
     StoreEvent, ViewError,
 };
 
+/// Views are read by the threads of an export; the store belongs to one thread but may move.
+const _: () = {
+    const fn is_shared<T: Send + Sync + 'static>() {}
+    const fn is_send<T: Send>() {}
+    is_shared::<crate::store::PointReader>();
+    is_send::<Store>();
+};
+
 fn store_on(disk: &SimDisk, source: &Source) -> Store {
     let disk = Arc::new(disk.clone());
     Store::create(disk, &source.meta(), tiny(Faults::default())).unwrap().0
@@ -283,7 +291,7 @@ fn a_full_disk_stops_acks_and_expiry_frees_it() {
     let disk = SimDisk::new(8);
     let mut source = Source::new(8);
     let mut store = store_on(&disk, &source);
-    store.prepare_reserve().unwrap();
+    while store.prepare_reserve().unwrap() {}
     disk.set_capacity(Some(6 * 64 * 1024));
     let full = loop {
         source.batch();

@@ -57,7 +57,8 @@ fn segment_header() -> SegmentHeader {
         prev_chain: Chain::EMPTY,
         created: WallTime::default(),
         capacity: 1 << 20,
-        size: VolumeSize::new(1 << 30).unwrap_or_else(|_| unreachable!("a whole number of sectors")),
+        size: VolumeSize::new(1 << 30)
+            .unwrap_or_else(|_| unreachable!("a whole number of sectors")),
         blocks: BlockSizes::E512,
         order: CaptureOrder::CatchUp,
     }

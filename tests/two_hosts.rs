@@ -115,7 +115,7 @@ fn the_two_host_example_of_the_readme_works_and_survives_a_pulled_cable() {
             .trim_matches(['\'', '"'])
             .to_owned()
     };
-    run("nbdsh", &["-u", &address(&opened), "-c", "assert h.pread(3, 0) == b'one'"]);
+    run("nbdsh", &["-u", &address(&opened), "-c", "assert h.pread(4096, 0)[:3] == b'one'"]);
     let opened = backup.cli(&["failover", "test", "pgdata", "--point", "tag:two"]);
     let copy = backup.root().join("two.img");
     run("nbdcopy", &[&address(&opened), copy.to_str().expect("path")]);

@@ -57,8 +57,11 @@ pub fn pause(time: Duration) {
 
 /// Runs a program and returns its output; fails the test with everything it said otherwise.
 pub fn run(program: &str, args: &[&str]) -> Output {
+    // The system's own programs first: nbdsh needs the python that has libnbd's module.
+    let path = std::env::var("PATH").unwrap_or_default();
     let out = Command::new(program)
         .args(args)
+        .env("PATH", format!("/usr/bin:/bin:/usr/sbin:/sbin:{path}"))
         .stdin(Stdio::null())
         .output()
         .unwrap_or_else(|e| panic!("{program} cannot be run ({e}): ./tools/test installs it"));

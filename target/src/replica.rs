@@ -2,8 +2,8 @@
 //!
 //! Decides nothing about data: the worker does, alone.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use farshore_extent::{CaptureOrder, Lsn, Problem, VolumeId, VolumeName};
 use farshore_protocol::message::VolumeReport;
@@ -49,6 +49,9 @@ pub(crate) struct Replica {
     facts: Mutex<Facts>,
     /// Markers up to here are points in the catalogue, or never will be.
     points_upto: watch::Sender<Lsn>,
+    /// The worker has opened the store once, or failed to: the facts are true from then on.
+    started: Mutex<bool>,
+    starting: Condvar,
 }
 
 impl Replica {
@@ -57,6 +60,8 @@ impl Replica {
             volume: row.volume,
             queue,
             points_upto: watch::Sender::new(Lsn::ZERO),
+            started: Mutex::new(false),
+            starting: Condvar::new(),
             facts: Mutex::new(Facts {
                 row,
                 session: None,
@@ -76,6 +81,19 @@ impl Replica {
 
     fn lock(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The facts are true from now on.
+    pub(crate) fn has_started(&self) {
+        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.starting.notify_all();
+    }
+
+    /// Waits until the facts are true, at most `limit`: opening a store takes as long as reading
+    /// its last segment.
+    pub(crate) fn wait_until_started(&self, limit: Duration) {
+        let started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.starting.wait_timeout_while(started, limit, |started| !*started));
     }
 
     /// A copy of what is known now.

@@ -12,6 +12,9 @@ use crate::replica::Facts;
 /// A source that said nothing for so long is as good as disconnected; it reports every second.
 const REPORT_STALE: Duration = Duration::from_secs(10);
 
+/// A store that takes longer to open is shown as it is: not there yet.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+
 /// All replicas, by name.
 pub(crate) fn all(daemon: &Daemon) -> Result<Vec<ReplicaStatus>, Problem> {
     let hosts: BTreeMap<HostId, String> =
@@ -20,6 +23,7 @@ pub(crate) fn all(daemon: &Daemon) -> Result<Vec<ReplicaStatus>, Problem> {
     let target = daemon.config.rpo_target.duration();
     let mut all = Vec::new();
     for replica in daemon.replicas() {
+        replica.wait_until_started(START_PATIENCE);
         let facts = replica.facts();
         let host_name = hosts.get(&facts.row.host).cloned().unwrap_or_default();
         let last_drill = daemon.catalogue.lock().last_drill(replica.volume)?;

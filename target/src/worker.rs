@@ -124,6 +124,7 @@ struct Worker {
 impl Worker {
     fn run(mut self, mut queue: mpsc::Receiver<Work>) {
         self.open_store();
+        self.replica.has_started();
         while let Some(work) = self.next(&mut queue) {
             let mut going = self.take(work);
             // All that has gathered while the last commit was written.

@@ -304,6 +304,9 @@ impl Site {
 
     /// Cuts a named point and waits until it is durable at the target.
     pub fn tag(&self, volume: &str, name: &str) -> PointInfo {
+        wait_for("the source to be connected", Duration::from_secs(30), || {
+            self.replica(volume).filter(|r| r.connected)
+        });
         let json = self.try_cli(&["point", "tag", volume, "--name", name]);
         assert!(json.status.success(), "point tag: {}\n{}", said(&json), self.logs());
         let points = self.points(volume);

@@ -16,10 +16,13 @@ use harness::{Site, assert_same_bytes, pause, wait_for};
 
 const SIZE: u64 = 32 << 20;
 const DEFAULT_KILLS: u64 = 10;
+const SOAK_KILLS: u64 = 200;
 
 fn kills() -> u64 {
+    let soak = std::env::var_os("FARSHORE_SOAK").is_some();
     let wanted = std::env::var("FARSHORE_KILLS").ok();
-    wanted.map_or(DEFAULT_KILLS, |n| n.parse().expect("FARSHORE_KILLS is a number"))
+    let default = if soak { SOAK_KILLS } else { DEFAULT_KILLS };
+    wanted.map_or(default, |n| n.parse().expect("FARSHORE_KILLS is a number"))
 }
 
 /// Repeatable chance.
@@ -136,7 +139,12 @@ fn a_dead_agent_never_stalls_the_guest_and_everything_arrives_afterwards() {
         site.points("disk").into_iter().find(|p| p.lsn > before.lsn)
     });
     let after = site.tag("disk", "after");
-    prove(&site, &ledger, after.point, Bounds { not_before: ledger.now(), not_after: Instant::NEVER });
+    prove(
+        &site,
+        &ledger,
+        after.point,
+        Bounds { not_before: ledger.now(), not_after: Instant::NEVER },
+    );
     prove(&site, &ledger, before.point, Bounds { not_before: Instant(0), not_after: Instant(0) });
     let view = site.open("disk", PointChoice::Id(after.point));
     let copy = site.fetch_view(&view, "after.img");

@@ -179,7 +179,7 @@ fn a_new_epoch_begins_a_new_batch_and_an_older_one_is_divergence() {
 
 /// Figures: `cargo test --release -p farshore-agent --test batch -- --ignored --nocapture`.
 #[test]
-#[ignore = "a measurement, not a test"]
+#[ignore = "soak: a measurement, not a test"]
 fn speed_of_building_batches() {
     let file = std::fs::read(std::env::current_exe().unwrap()).unwrap();
     let file: Vec<u8> = file.into_iter().cycle().take(32 << 20).collect();

@@ -28,6 +28,6 @@ mod views;
 mod worker;
 
 pub use daemon::run;
-pub use session::verdict;
 pub use init::{InitOptions, InitReport, init};
+pub use session::verdict;
 pub use store::{inspect, inspect_segment};

@@ -23,6 +23,7 @@ use coverage::Coverage;
 use world::Planted;
 
 const DEFAULT_SEEDS: u64 = 10_000;
+const SOAK_SEEDS: u64 = 200_000;
 /// Seeds that a planted fault may take to be found; each was found in far fewer when written.
 const SEEDS_FOR_A_FAULT: u64 = 6_000;
 
@@ -78,7 +79,9 @@ fn quiet() {
 
 #[test]
 fn no_seed_breaks_a_promise() {
-    let seeds = from_environment("FARSHORE_SEEDS").unwrap_or(DEFAULT_SEEDS);
+    let soak = std::env::var_os("FARSHORE_SOAK").is_some();
+    let default = if soak { SOAK_SEEDS } else { DEFAULT_SEEDS };
+    let seeds = from_environment("FARSHORE_SEEDS").unwrap_or(default);
     let start = Instant::now();
     let (coverage, failure) = first_failure(seeds, Planted::default());
     if let Some((seed, why)) = failure {

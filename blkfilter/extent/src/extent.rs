@@ -304,6 +304,9 @@ mod tests {
     fn split_covers_everything_once_and_crosses_no_multiple() {
         let whole = ext(300, 1000);
         let pieces: Vec<_> = whole.split_at_multiples_of(256).collect();
-        assert_eq!(pieces, [ext(300, 212), ext(512, 256), ext(768, 256), ext(1024, 256), ext(1280, 20)]);
+        assert_eq!(
+            pieces,
+            [ext(300, 212), ext(512, 256), ext(768, 256), ext(1024, 256), ext(1280, 20)]
+        );
     }
 }

@@ -64,10 +64,11 @@ impl ExtentSet {
 
     /// The parts of the set inside `extent`, ascending.
     pub fn inside(&self, extent: Extent) -> impl Iterator<Item = Extent> {
-        let first = self.ranges.range(..=extent.offset()).next_back().map_or(extent.offset(), |(&s, _)| s);
-        self.ranges
-            .range(first..extent.end())
-            .filter_map(move |(&s, &e)| Extent::between(s.max(extent.offset()), e.min(extent.end())))
+        let first =
+            self.ranges.range(..=extent.offset()).next_back().map_or(extent.offset(), |(&s, _)| s);
+        self.ranges.range(first..extent.end()).filter_map(move |(&s, &e)| {
+            Extent::between(s.max(extent.offset()), e.min(extent.end()))
+        })
     }
 
     /// All extents, ascending.

@@ -16,7 +16,7 @@ mod problem;
 mod watermarks;
 
 pub use chunk_map::{ChunkMap, ChunkSize};
-pub use extent::{BlockSizes, Extent, ExtentError, VolumeSize, SECTOR};
+pub use extent::{BlockSizes, Extent, ExtentError, SECTOR, VolumeSize};
 pub use extent_set::ExtentSet;
 pub use id::{GroupId, HostId, IdError, MarkerId, PointId, ViewId, VolumeId};
 pub use name::{NameError, VolumeName};

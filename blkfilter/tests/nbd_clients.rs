@@ -1,6 +1,8 @@
 //! The NBD server against the clients people use: libnbd's tools, QEMU, fio, and the protocol
 //! project's own test client. A missing tool is a failure that names the package.
 
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

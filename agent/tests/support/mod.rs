@@ -15,7 +15,7 @@ pub async fn until(name: &str, mut what: impl FnMut() -> bool) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    assert!(tokio::time::timeout(Duration::from_secs(20), wait).await.is_ok(), "never: {name}");
+    assert!(tokio::time::timeout(Duration::from_secs(60), wait).await.is_ok(), "never: {name}");
 }
 
 /// Runs on a multi-thread runtime, as the product does.

@@ -51,20 +51,17 @@ pub fn negotiate(
     limit: Duration,
 ) -> Result<Option<Settled>, HandshakeError> {
     socket.limit_waits(Some(limit))?;
+    let until = Instant::now() + limit * 10; // a person may type the options
     let (tls, flags) = match start {
-        Start::Greeting => (Tls::NotOffered, greet(socket)?),
+        Start::Greeting => (Tls::NotOffered, greet(socket, until)?),
         Start::AfterStartTls(flags) => (Tls::Active, flags),
     };
     let mut negotiation = Negotiation::new(exports, tls, flags.no_zeroes);
-    let until = Instant::now() + limit * 10; // a person may type the options
     let mut data = Vec::new();
     let mut out = Vec::new();
     for _ in 0..MAX_OPTIONS {
-        if Instant::now() > until {
-            break;
-        }
         out.clear();
-        let (option, fits) = receive_option(socket, &mut data)?;
+        let (option, fits) = receive_option(socket, &mut data, until)?;
         if !fits && option == option::EXPORT_NAME {
             return Err(HandshakeError::Protocol("too long a name by EXPORT_NAME"));
         }
@@ -96,20 +93,24 @@ pub fn negotiate(
             }
         }
     }
-    Err(HandshakeError::Protocol("too many options or too long a negotiation"))
+    Err(HandshakeError::Protocol("too many options"))
 }
 
-fn greet(socket: &Socket) -> Result<ClientFlags, HandshakeError> {
+fn greet(socket: &Socket, until: Instant) -> Result<ClientFlags, HandshakeError> {
     socket.send_all(&greeting())?;
     let mut flags = [0; 4];
-    socket.receive_exact(&mut flags)?;
+    socket.receive_exact(&mut flags, until)?;
     ClientFlags::decode(flags).ok_or(HandshakeError::Protocol("unknown client flags"))
 }
 
 /// Receives one option with its data; `false` when the data was too large and drained.
-fn receive_option(socket: &Socket, data: &mut Vec<u8>) -> Result<(u32, bool), HandshakeError> {
+fn receive_option(
+    socket: &Socket,
+    data: &mut Vec<u8>,
+    until: Instant,
+) -> Result<(u32, bool), HandshakeError> {
     let mut header = [0; OPTION_LEN];
-    socket.receive_exact(&mut header)?;
+    socket.receive_exact(&mut header, until)?;
     let Some((option, len)) = decode_option(&header) else {
         return Err(HandshakeError::Protocol("option without its magic"));
     };
@@ -121,7 +122,7 @@ fn receive_option(socket: &Socket, data: &mut Vec<u8>) -> Result<(u32, bool), Ha
     data.resize(left.min(MAX_OPTION as usize), 0);
     while left > 0 {
         let now = left.min(data.len());
-        socket.receive_exact(&mut data[..now])?;
+        socket.receive_exact(&mut data[..now], until)?;
         left -= now;
     }
     Ok((option, fits))

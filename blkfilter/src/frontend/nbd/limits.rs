@@ -1,9 +1,9 @@
 //! Every bound of the NBD server, with the arithmetic of what a hostile peer can cost.
 //!
-//! One connection costs at most: staging 256 KiB + option data 64 KiB + slots of requests
-//! ([`BUSY_BYTES`] + one more request of [`MAX_REQUEST_UNTOLD`]) = 80.3 MiB + copied replies 1 MiB,
-//! and only while it has real requests in flight and the device's queue lends that many buffers;
-//! an idle one costs about 330 KiB.
+//! One connection costs at most: staging 256 KiB + option data 64 KiB + payload in slots or copied
+//! next to replies ([`BUSY_BYTES`] + one more request of [`MAX_REQUEST_UNTOLD`]) = 80.3 MiB, and
+//! only while it has real requests in flight and the device's queue lends that many buffers; an
+//! idle one costs about 330 KiB, after a burst 1 MiB more.
 
 /// Largest READ or WRITE of a client in bytes: what the protocol makes every server accept.
 pub const MAX_REQUEST: u32 = 32 << 20;

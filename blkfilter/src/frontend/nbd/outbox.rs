@@ -12,6 +12,9 @@ use crate::device::{Queue, Slot};
 /// When this much of `bytes` has been sent, the rest is moved to the front.
 const COMPACT: usize = 256 << 10;
 
+/// Room that is kept when everything is sent; more is given back.
+const KEEP: usize = 1 << 20;
+
 #[derive(Debug)]
 enum Piece {
     /// So many of `bytes`.
@@ -138,6 +141,7 @@ impl Outbox {
         }
         if self.sent == self.bytes.len() {
             self.bytes.clear();
+            self.bytes.shrink_to(KEEP);
             self.sent = 0;
         } else if self.sent >= COMPACT {
             self.bytes.drain(..self.sent);

@@ -18,7 +18,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket as new_socket,
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::export::Exports;
 use super::handshake::{Start, negotiate};
@@ -37,7 +37,7 @@ const BACKLOG: i32 = 128;
 pub struct Config {
     /// Permission bits of the socket file.
     pub mode: u32,
-    /// Connections at a time; more are closed at once. Each costs at most about 50 MiB when it
+    /// Connections at a time; more are closed at once. Each costs at most about 80 MiB when it
     /// is busy and 330 KiB when it is idle, see [`limits`](super::limits).
     pub max_connections: usize,
     /// Longest wait for a peer in the option phase; ten times that for the phase as a whole.
@@ -75,7 +75,6 @@ struct Open {
     next: u64,
     /// Connections in transmission.
     clients: u32,
-    stopping: bool,
 }
 
 impl Server {
@@ -128,7 +127,6 @@ impl Server {
             let _ = fs::remove_file(&self.path); // left behind, it is stale and gets replaced
         }
         let mut open = self.shared.lock();
-        open.stopping = true;
         open.sockets.values().for_each(|socket| socket.end_input());
         open = self.shared.wait_empty(open, grace);
         if open.sockets.is_empty() {
@@ -171,7 +169,7 @@ impl Shared {
         let socket = Arc::new(Socket::new(fd));
         let mut open = self.lock();
         if open.sockets.len() >= self.config.max_connections {
-            info!("nbd: connection refused, {} are open", open.sockets.len());
+            debug!("nbd: connection refused, {} are open", open.sockets.len());
             return;
         }
         open.next += 1;
@@ -293,15 +291,21 @@ fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
 }
 
 fn accept_loop(shared: &Arc<Shared>, listener: &UnixListener) {
+    let mut short = false; // of resources: said once, not ten times a second
     loop {
         if wait_for(shared, Some(listener)) {
             return;
         }
         match listener.accept() {
-            Ok((stream, _)) => shared.admit(stream.into()),
+            Ok((stream, _)) => {
+                short = false;
+                shared.admit(stream.into());
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) if out_of_resources(&error) => {
-                warn!(%error, "nbd: cannot accept connections for the moment");
+                if !std::mem::replace(&mut short, true) {
+                    warn!(%error, "nbd: cannot accept connections for the moment");
+                }
                 if wait_for(shared, None) {
                     return;
                 }

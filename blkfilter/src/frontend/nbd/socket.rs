@@ -4,7 +4,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -74,10 +74,13 @@ impl Socket {
     }
 
     /// Fills `bytes` completely, waiting at most the time set with [`Self::limit_waits`] for each
-    /// part.
-    pub fn receive_exact(&self, bytes: &mut [u8]) -> io::Result<()> {
+    /// part, and not after `until`: a peer that sends byte by byte does not last for ever.
+    pub fn receive_exact(&self, bytes: &mut [u8], until: Instant) -> io::Result<()> {
         let mut filled = 0;
         while filled < bytes.len() {
+            if Instant::now() > until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             match self.receive(&mut [IoSliceMut::new(&mut bytes[filled..])], true)? {
                 Received::Bytes(n) => filled += n,
                 Received::Nothing => return Err(io::ErrorKind::TimedOut.into()),

@@ -50,6 +50,7 @@ fn bare(disk: &FileDisk, mib: u64) -> f64 {
     speed
 }
 
+// long because it is one measurement told from top to bottom
 fn main() {
     let mut args = std::env::args().skip(1);
     let dir = PathBuf::from(args.next().expect("usage: store-speed DIR [MIB]"));

@@ -360,7 +360,7 @@ impl Source {
                 Action::Backing { token, io, what, .. } => {
                     let disk = self.asked.get(&token).expect("an asked request").disk;
                     let risky = matches!(what, Backing::Write { .. } | Backing::Zero { .. });
-                    let fails = risky && self.next_token % 97 == 0;
+                    let fails = risky && self.next_token.is_multiple_of(97);
                     self.in_flight.push(InFlight { disk, io, token, what, applied: false, fails });
                 }
                 Action::Answer { token, result, .. } => self.answer(token, result, coverage),

@@ -254,8 +254,8 @@ impl Target {
     pub fn check_all(&self, rng: &mut Rng, source: &Source, coverage: &mut Coverage) {
         for (volume, replica) in self.replicas.iter().filter(|(_, r)| r.is_well()) {
             let kept: Vec<Lsn> = replica.kept_points().collect();
-            let old =
-                (0..3).filter_map(|_| (!kept.is_empty()).then(|| kept[rng.index(kept.len())]));
+            let some = if kept.is_empty() { 0 } else { 3 };
+            let old = (0..some).map(|_| kept[rng.index(kept.len())]);
             for lsn in kept.iter().rev().take(2).copied().chain(old) {
                 replica.check(*volume, lsn, source);
                 coverage.saw(Seen::PointChecked);

@@ -120,10 +120,8 @@ impl World {
             self.notice_the_link();
             self.target.lose_disk(rng);
         }
-        if rng.chance(weather.expiry) {
-            if !self.target.expire(rng, &mut self.coverage) {
-                self.crash_target(rng);
-            }
+        if rng.chance(weather.expiry) && !self.target.expire(rng, &mut self.coverage) {
+            self.crash_target(rng);
         }
         self.work(rng, true);
         if rng.chance(20) {

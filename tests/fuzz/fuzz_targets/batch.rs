@@ -1,3 +1,4 @@
+//! Arbitrary bytes for the decoder of "batch": `cargo fuzz run batch` in tests/; the corpus is replayed by tests/fuzz_corpus.rs.
 #![no_main]
 
 #[path = "../bodies.rs"]

@@ -1,3 +1,4 @@
+//! Arbitrary bytes for the decoder of "segment": `cargo fuzz run segment` in tests/; the corpus is replayed by tests/fuzz_corpus.rs.
 #![no_main]
 
 #[path = "../bodies.rs"]

@@ -1,3 +1,4 @@
+//! Arbitrary bytes for the decoder of "super": `cargo fuzz run super` in tests/; the corpus is replayed by tests/fuzz_corpus.rs.
 #![no_main]
 
 #[path = "../bodies.rs"]

@@ -23,6 +23,7 @@ fn median(values: &[u64]) -> u64 {
 }
 
 /// Prints them; with `--json` as a document.
+// long because the document and the table must tell the same figures, side by side
 pub fn show(copy: &FirstCopy, load: &Load, proof: &Proof, story: &Story) {
     let (fio_bytes, fio_writes) = load.fio.unwrap_or((0, 0));
     let bytes = load.stats.bytes + fio_bytes;

@@ -160,6 +160,7 @@ pub mod tests_data {
     }
 
     /// What the roles would answer.
+    // long because it is the data of one example, field by field
     pub fn sides() -> Sides {
         let slow = Problem::harmless(
             3107,

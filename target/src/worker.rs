@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use farshore_changelog::RawBatch;
-use farshore_extent::{Lsn, Problem, VolumeName, WallTime};
+use farshore_extent::{Lsn, Problem, VolumeName, VolumeSize, WallTime};
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use tokio::sync::{mpsc, oneshot};
 
@@ -21,7 +21,7 @@ use crate::session::verdict::{Decision, FIRST_GENERATION, Position, decide};
 use crate::session::{Outbox, SessionId, VerifiedBatch};
 use crate::store::{
     AppendError, Committed, FileDisk, PointReader, RecoveryReport, Store, StoreConfig, StoreError,
-    StoreEvent, StoreMeta,
+    StoreEvent, StoreMeta, limits,
 };
 
 /// Something for a worker to do, in the order in which it was sent.
@@ -96,6 +96,14 @@ pub(crate) fn spawn(
     thread.map(WorkerThread).map_err(|e| problem::store(&name, &e))
 }
 
+/// Segments of a small volume are small, so that its reserve is not larger than itself: a
+/// sixteenth of the volume, 8 MiB (a group fits) to 64 MiB.
+fn segment_bytes(size: VolumeSize) -> u64 {
+    const SMALLEST: u64 = 8 << 20;
+    let part = (size.get() / 16).clamp(SMALLEST, limits::SEGMENT_BYTES);
+    part.next_power_of_two().min(limits::SEGMENT_BYTES)
+}
+
 /// The session that sends the volume.
 struct Sender {
     session: SessionId,
@@ -142,16 +150,35 @@ impl Worker {
         }
     }
 
-    /// The next thing to do; expiry fills the time until there is one.
+    /// The next thing to do; expiry and the reserve fill the time until there is one.
     fn next(&mut self, queue: &mut mpsc::Receiver<Work>) -> Option<Work> {
-        while self.expiring.is_some() {
+        loop {
             match queue.try_recv() {
                 Ok(work) => return Some(work),
                 Err(mpsc::error::TryRecvError::Disconnected) => return None,
-                Err(mpsc::error::TryRecvError::Empty) => self.expire_step(),
+                Err(mpsc::error::TryRecvError::Empty) => {
+                    if !self.idle_step() {
+                        return queue.blocking_recv();
+                    }
+                }
             }
         }
-        queue.blocking_recv()
+    }
+
+    /// One bounded step of what can wait; whether there is more.
+    fn idle_step(&mut self) -> bool {
+        if self.expiring.is_some() {
+            self.expire_step();
+            return true;
+        }
+        match self.store.as_mut().map(Store::prepare_reserve) {
+            None | Some(Ok(false)) => false,
+            Some(Ok(true)) => true,
+            Some(Err(error)) => {
+                self.store_failed(&error);
+                false
+            }
+        }
     }
 
     /// False: end.
@@ -482,6 +509,9 @@ impl Worker {
         match opened {
             Ok((store, report)) => {
                 self.report_recovery(&report);
+                if report.apply_pending {
+                    self.expiring = Some(store.position().floor);
+                }
                 self.store = Some(store);
                 self.replica.update(|facts| facts.problem = None);
                 self.replay_points(facts.row.points_upto);
@@ -498,7 +528,9 @@ impl Worker {
     ) -> Result<(Store, RecoveryReport), StoreError> {
         let io = |e| StoreError::Io { what: self.dir.display().to_string(), source: e };
         let disk = Arc::new(FileDisk::open(&self.dir).map_err(io)?);
-        match Store::open(Arc::clone(&disk) as _, StoreConfig::default()) {
+        let config =
+            StoreConfig { segment_bytes: segment_bytes(row.size), ..StoreConfig::default() };
+        match Store::open(Arc::clone(&disk) as _, config) {
             Err(StoreError::NotAStore) if row.points_upto == Lsn::ZERO => {
                 let meta = StoreMeta {
                     volume: row.volume,
@@ -507,7 +539,7 @@ impl Worker {
                     generation: FIRST_GENERATION,
                     created: WallTime::now(),
                 };
-                Store::create(disk, &meta, StoreConfig::default())
+                Store::create(disk, &meta, config)
             }
             other => other,
         }

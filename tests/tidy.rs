@@ -246,6 +246,23 @@ fn no_text_names_a_machine_or_a_registry() {
 }
 
 #[test]
+fn every_test_that_the_specification_names_exists() {
+    let text = fs::read_to_string(root().join("SPECIFICATION.md")).expect("specification");
+    let sources: String = rust_files().into_iter().map(|(_, text)| text).collect();
+    let is_test = |w: &&str| {
+        w.contains('_')
+            && w.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+    };
+    let named: Vec<&str> = text.split('`').skip(1).step_by(2).filter(is_test).collect();
+    assert!(named.len() > 20, "the specification names its tests");
+    for name in named {
+        let there =
+            sources.contains(&format!("fn {name}(")) || sources.contains(&format!("    {name}:"));
+        assert!(there, "SPECIFICATION.md names the test {name}, which does not exist");
+    }
+}
+
+#[test]
 fn every_module_says_what_it_owns() {
     for (path, text) in rust_files() {
         // The tests of a module belong to its head.

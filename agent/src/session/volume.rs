@@ -59,6 +59,9 @@ pub struct VolumeSession {
     facts: VolumeFacts,
     phase: Phase,
     problem: Option<Problem>,
+    /// Where the target was last seen to be. Less than `memory.acked` after it lost data, until
+    /// the new copy has overtaken that.
+    target_durable: Lsn,
     /// Newest known truth; `remembered` is what the disk has.
     memory: VolumeMemory,
     remembered: VolumeMemory,
@@ -91,6 +94,7 @@ impl VolumeSession {
             facts,
             phase: Phase::Waiting,
             problem: None,
+            target_durable: Lsn::ZERO,
             memory,
             remembered: memory,
             remembered_at: Duration::ZERO,
@@ -287,6 +291,7 @@ impl VolumeSession {
         }
         self.phase = Phase::Streaming;
         self.problem = None;
+        self.target_durable = opened.durable;
         let reason = self.recopy_reason(opened);
         let generation_changed = self.memory.generation != opened.generation;
         self.memory.generation = opened.generation;
@@ -455,6 +460,7 @@ impl VolumeSession {
         self.acked_time = self.window[index].header.last_time;
         self.pop(index + 1);
         self.memory.acked = durable;
+        self.target_durable = durable;
         self.memory.acked_chain = chain;
         self.failures = 0;
         self.problem = None;
@@ -515,7 +521,9 @@ impl VolumeSession {
     }
 
     pub(super) fn pull(&mut self, actions: &mut Vec<Action>) {
-        let (volume, durable) = (self.facts.volume, self.memory.acked);
+        // Never what a target has lost: batches would claim it, and the next torn tail would look
+        // like damage.
+        let (volume, durable) = (self.facts.volume, self.target_durable);
         if let Some(feed) = &mut self.feed {
             feed.pulls += 1;
             actions.push(Action::Pull { volume, feed: feed.number, durable });

@@ -307,8 +307,14 @@ impl Site {
         wait_for("the source to be connected", Duration::from_secs(30), || {
             self.replica(volume).filter(|r| r.connected)
         });
-        let json = self.try_cli(&["point", "tag", volume, "--name", name]);
-        assert!(json.status.success(), "point tag: {}\n{}", said(&json), self.logs());
+        // A connection that has just died looks alive for a moment (FS-6605): try again, as the
+        // answer says.
+        wait_for("the point to be made", Duration::from_secs(60), || {
+            let out = self.try_cli(&["point", "tag", volume, "--name", name]);
+            let refused = String::from_utf8_lossy(&out.stderr).contains("FS-6605");
+            assert!(out.status.success() || refused, "point tag: {}\n{}", said(&out), self.logs());
+            out.status.success().then_some(())
+        });
         let points = self.points(volume);
         points.into_iter().find(|p| p.name == name).expect("the tagged point is listed")
     }

@@ -13,7 +13,7 @@ use farshore_extent::{Lsn, Problem, VolumeName, VolumeSize, WallTime};
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::catalogue::{NewPoint, SharedCatalogue};
+use crate::catalogue::{CatalogueError, NewPoint, SharedCatalogue};
 use crate::daemon::AgeClock;
 use crate::problem;
 use crate::replica::Replica;
@@ -456,6 +456,9 @@ impl Worker {
                 return;
             }
             self.unrecorded.clear();
+            self.replica.update(|facts| {
+                facts.row.points_upto = facts.row.points_upto.max(upto);
+            });
             self.recount();
         }
         self.replica.points_reach(upto);
@@ -509,12 +512,17 @@ impl Worker {
         match opened {
             Ok((store, report)) => {
                 self.report_recovery(&report);
-                if report.apply_pending {
-                    self.expiring = Some(store.position().floor);
+                let apply_pending = report.apply_pending.then(|| store.position().floor);
+                let durable = store.position().durable;
+                if let Err(error) = self.forget_lost_points(durable) {
+                    // Better no replica than one that offers points it does not have.
+                    self.fail(error.into());
+                    return self.recount();
                 }
+                self.expiring = self.expiring.max(apply_pending);
                 self.store = Some(store);
                 self.replica.update(|facts| facts.problem = None);
-                self.replay_points(facts.row.points_upto);
+                self.replay_points(self.replica.facts().row.points_upto);
                 self.publish_position();
             }
             Err(error) => self.fail(error.problem(facts.row.name.as_str())),
@@ -557,6 +565,23 @@ impl Worker {
             );
             self.catalogue.note(6009, Some(&name), text);
         }
+    }
+
+    /// Points beyond the end of the journal were lost with a damaged part of it. Their numbers lie
+    /// before those of the new copy: left in the catalogue they could be opened again once it has
+    /// come, and would show the state before the damage.
+    fn forget_lost_points(&mut self, durable: Lsn) -> Result<(), CatalogueError> {
+        self.unrecorded.retain(|point| point.lsn <= durable);
+        let volume = self.replica.volume;
+        let gone = self.catalogue.lock().forget_points_after(volume, durable)?;
+        if gone > 0 {
+            let text = format!("{gone} recovery points after {durable} were lost with the journal");
+            self.catalogue.note(6009, Some(&self.name()), text);
+        }
+        self.replica.update(|facts| {
+            facts.row.points_upto = facts.row.points_upto.min(durable);
+        });
+        Ok(())
     }
 
     /// Rows of points that were durable but not recorded when the daemon stopped, or whose

@@ -210,6 +210,13 @@ pub trait Catalogue: Send {
     ) -> Result<Option<PointRow>, CatalogueError>;
     fn point_summary(&self, volume: VolumeId) -> Result<PointSummary, CatalogueError>;
     fn drop_points(&mut self, points: &[PointId]) -> Result<(), CatalogueError>;
+    /// Forgets points beyond the end of a journal that was damaged, and that markers there were
+    /// looked at. Returns how many.
+    fn forget_points_after(
+        &mut self,
+        volume: VolumeId,
+        durable: Lsn,
+    ) -> Result<usize, CatalogueError>;
 
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError>;
     /// `note` is what was learnt.

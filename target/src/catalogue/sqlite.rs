@@ -365,6 +365,22 @@ impl Catalogue for SqliteCatalogue {
         Ok(())
     }
 
+    fn forget_points_after(
+        &mut self,
+        volume: VolumeId,
+        durable: Lsn,
+    ) -> Result<usize, CatalogueError> {
+        let step = self.db.transaction()?;
+        let which = params![volume.to_bytes(), lsn_bytes(durable)];
+        let gone = step.execute("DELETE FROM points WHERE volume = ?1 AND lsn > ?2", which)?;
+        step.execute(
+            "UPDATE volumes SET points_upto = ?2 WHERE volume = ?1 AND points_upto > ?2",
+            which,
+        )?;
+        step.commit()?;
+        Ok(gone)
+    }
+
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError> {
         self.db.execute(
             "INSERT INTO views (view, volume, lsn, opened, open_micros) VALUES (?, ?, ?, ?, ?)",

@@ -5,7 +5,7 @@ use std::time::Duration;
 use farshore_extent::{PairState, PointKind, VolumeName};
 use farshore_protocol::admin::{OpenView, PointChoice, TargetReply, TargetRequest};
 use farshore_protocol::config::Millis;
-use farshore_protocol::message::FromTarget;
+use farshore_protocol::message::{FromTarget, Verdict};
 
 use crate::bed::{Bed, LONG};
 use crate::source::Source;
@@ -107,4 +107,49 @@ async fn expired_points_go_and_what_stays_is_still_right() {
         let image = bed.root().join("new.img");
         assert!(crate::points_and_views::copy(&view, &image).await == *content, "{lsn}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_was_lost_with_the_journal_is_not_offered_after_the_new_copy() {
+    let mut bed = Bed::start().await;
+    let host = bed.enroll("db1").await;
+    let mut source = Source::new("pgdata");
+    let mut connection = bed.connect(&host).await;
+    source.open(&mut connection).await;
+    source.begin();
+    source.write(0, 4096, 1);
+    source.marker("kept", PointKind::Crash);
+    let first = source.batch();
+    connection.batch(&first.bytes).await;
+    connection.acked(source.volume, source.at).await;
+    let before = source.clone();
+    source.write(0, 4096, 2);
+    source.marker("lost", PointKind::Crash);
+    source.ship(&mut connection).await;
+    bed.stop().await;
+    // The medium forgets the second batch, which was acknowledged.
+    let volumes = bed.paths.state.join("target/volumes");
+    let file = volumes.join(format!("{}/seg-{:016x}", source.volume, 1));
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[4096 + first.bytes.len().next_multiple_of(4096)..].fill(0);
+    std::fs::write(&file, bytes).unwrap();
+    bed.resume().await;
+    let mut connection = bed.connect(&host).await;
+    let opened = source.open(&mut connection).await;
+    assert_eq!((opened.verdict, opened.durable), (Verdict::Recopy, before.at));
+    (source.at, source.chain) = (opened.durable, opened.chain);
+    source.lose_order();
+    source.write(0, 4096, 3);
+    source.restore_order();
+    source.ship(&mut connection).await;
+    let open = |name: &str| {
+        TargetRequest::OpenView(OpenView {
+            volume: VolumeName::new("pgdata").unwrap(),
+            point: PointChoice::Name(name.into()),
+            scratch_bytes: 0,
+            tls_listen: None,
+        })
+    };
+    bed.ask(open("lost")).await.expect_err("it would show the state at `kept`");
+    bed.ask(open("kept")).await.unwrap();
 }

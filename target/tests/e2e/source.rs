@@ -69,6 +69,10 @@ impl Source {
         self.push(RecordBody::OrderRestored, Vec::new());
     }
 
+    pub fn restore_order(&mut self) {
+        self.push(RecordBody::OrderRestored, Vec::new());
+    }
+
     pub fn lose_order(&mut self) {
         self.push(RecordBody::OrderLost, Vec::new());
     }

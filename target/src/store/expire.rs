@@ -307,8 +307,9 @@ impl Store {
         }
         let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.doomed)
             .into_iter()
-            // Only this thread hands out new references, so one means no view has it.
-            .partition(|segment| Arc::strong_count(segment) > 1);
+            // Only this thread hands out new references, so one means no view has it. A view that
+            // was opened while the segment was written shares the file alone.
+            .partition(|s| Arc::strong_count(s) > 1 || Arc::strong_count(&s.file) > 1);
         self.doomed = kept;
         for segment in &gone {
             self.discard(segment)?;

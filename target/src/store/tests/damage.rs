@@ -364,6 +364,26 @@ fn a_view_at_the_floor_stays_exact_while_newer_bytes_are_merged_below_it() {
 }
 
 #[test]
+fn a_view_of_the_last_place_of_a_segment_keeps_its_file_from_being_used_again() {
+    for batches in 1..24 {
+        let disk = SimDisk::new(11);
+        let (mut store, mut source) = filled(&disk, 11, 40 + batches);
+        let last = source.acked;
+        // Opened while the segment is still being written.
+        let view = store.open_unordered_view(last).unwrap();
+        for _ in 0..60 {
+            source.batch();
+            source.send(&mut store);
+            source.acked = store.commit().unwrap().durable;
+            while !store.expire(source.acked).unwrap().done {}
+            store.prepare_reserve().unwrap();
+        }
+        assert_eq!(store.position().base, last, "held by the view");
+        assert_same(&view, &source.images[&last]);
+    }
+}
+
+#[test]
 fn a_failed_write_latches_the_first_error() {
     let disk = SimDisk::new(11);
     let (mut store, mut source) = filled(&disk, 11, 2);

@@ -4,6 +4,8 @@
 //! then acknowledges; while it commits, the next batches gather. Moves the watermark `journaled`.
 //! Turns markers that became points into rows of the catalogue. Never talks to a network.
 
+mod points;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -13,15 +15,15 @@ use farshore_extent::{Lsn, Problem, VolumeName, VolumeSize, WallTime};
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::catalogue::{CatalogueError, NewPoint, SharedCatalogue};
+use crate::catalogue::{NewPoint, SharedCatalogue};
 use crate::daemon::AgeClock;
 use crate::problem;
 use crate::replica::Replica;
 use crate::session::verdict::{Decision, FIRST_GENERATION, Position, decide};
 use crate::session::{Outbox, SessionId, VerifiedBatch};
 use crate::store::{
-    AppendError, Committed, FileDisk, PointReader, RecoveryReport, Store, StoreConfig, StoreError,
-    StoreEvent, StoreMeta, limits,
+    AppendError, Committed, FileDisk, OpenViews, PointReader, RecoveryReport, Store, StoreConfig,
+    StoreError, StoreEvent, StoreMeta, limits,
 };
 
 /// Something for a worker to do, in the order in which it was sent.
@@ -86,6 +88,7 @@ pub(crate) fn spawn(
         catalogue,
         clock,
         store: None,
+        orphans: Vec::new(),
         sender: None,
         unrecorded: Vec::new(),
         expiring: None,
@@ -121,6 +124,8 @@ struct Worker {
     clock: Arc<AgeClock>,
     /// None: it failed, and is opened again when the source opens the volume.
     store: Option<Store>,
+    /// Views of stores that failed. The store of now does not know what they read.
+    orphans: Vec<OpenViews>,
     sender: Option<Sender>,
     unrecorded: Vec<NewPoint>,
     /// Expiry up to this place goes on whenever there is nothing else to do.
@@ -324,7 +329,9 @@ impl Worker {
                 | AppendError::Outside { .. }
                 | AppendError::Sealed),
             ) => self.refuse(problem::violation(error), false),
-            Err(error @ (AppendError::GroupFull | AppendError::Poisoned { .. })) => {
+            Err(error @ AppendError::GroupFull) => self.fail(problem::store(&self.name(), &error)),
+            Err(error @ AppendError::Poisoned { .. }) => {
+                self.give_up_store();
                 self.fail(problem::store(&self.name(), &error));
             }
         }
@@ -373,12 +380,17 @@ impl Worker {
 
     fn store_failed(&mut self, error: &StoreError) {
         let problem = error.problem(self.name().as_str());
-        if !matches!(error, StoreError::DiskFull { .. }) {
-            // Opened again, from the medium, when the source opens the volume.
-            self.store = None;
-            self.expiring = None;
+        let poisoned = self.store.as_ref().is_some_and(|store| store.poisoned().is_some());
+        if poisoned || !matches!(error, StoreError::DiskFull { .. }) {
+            self.give_up_store();
         }
         self.fail(problem);
+    }
+
+    /// It is opened again, from the medium, when the source opens the volume.
+    fn give_up_store(&mut self) {
+        self.orphans.extend(self.store.take().map(|store| store.open_views()));
+        self.expiring = None;
     }
 
     /// Acknowledges what is durable; points follow.
@@ -491,6 +503,12 @@ impl Worker {
 
     fn expire_step(&mut self) {
         self.turns = 0;
+        self.orphans.retain(OpenViews::any);
+        if !self.orphans.is_empty() {
+            // Asked for again by the next round of retention.
+            self.expiring = None;
+            return;
+        }
         let (Some(floor), Some(store)) = (self.expiring, &mut self.store) else {
             self.expiring = None;
             return;
@@ -565,37 +583,5 @@ impl Worker {
             );
             self.catalogue.note(6009, Some(&name), text);
         }
-    }
-
-    /// Points beyond the end of the journal were lost with a damaged part of it. Their numbers lie
-    /// before those of the new copy: left in the catalogue they could be opened again once it has
-    /// come, and would show the state before the damage.
-    fn forget_lost_points(&mut self, durable: Lsn) -> Result<(), CatalogueError> {
-        self.unrecorded.retain(|point| point.lsn <= durable);
-        let volume = self.replica.volume;
-        let gone = self.catalogue.lock().forget_points_after(volume, durable)?;
-        if gone > 0 {
-            let text = format!("{gone} recovery points after {durable} were lost with the journal");
-            self.catalogue.note(6009, Some(&self.name()), text);
-        }
-        self.replica.update(|facts| {
-            facts.row.points_upto = facts.row.points_upto.min(durable);
-        });
-        Ok(())
-    }
-
-    /// Rows of points that were durable but not recorded when the daemon stopped, or whose
-    /// catalogue was lost. Those at or before `upto` were recorded; they may have expired since.
-    fn replay_points(&mut self, upto: Lsn) {
-        let Some(store) = &mut self.store else { return };
-        let durable = store.position().durable;
-        let mut points = Vec::new();
-        for event in store.history() {
-            if let StoreEvent::Point(_) = event {
-                self.event(event, &mut points);
-            }
-        }
-        points.retain(|point| point.lsn > upto);
-        self.record(points, durable);
     }
 }

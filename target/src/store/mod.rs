@@ -52,7 +52,7 @@ pub use order::{CommittedPoint, OrderedStretch, StoreEvent};
 pub use recover::{Damage, RecoveryReport};
 pub use sim_disk::{SimDisk, SimFaults};
 pub use superblock::{Super, SuperError};
-pub use view::{Content, PointReader};
+pub use view::{Content, OpenViews, PointReader};
 
 use order::OrderBook;
 use segment::Segment;

@@ -9,7 +9,7 @@ use super::Store;
 use super::error::{StoreError, ViewError};
 use super::order::{OrderBook, OrderedStretch, StoreEvent};
 use super::segment::Segment;
-use super::view::{Parts, Pin, PointReader};
+use super::view::{OpenViews, Parts, Pin, PointReader};
 
 impl Store {
     /// Whether the state at `lsn` is one the volume really had.
@@ -119,6 +119,13 @@ impl Store {
             return Err(ViewError::NotOrdered { at });
         }
         Ok(self.reader(at, Some(Pin::new(&self.pins, at)))?)
+    }
+
+    /// Its views. A store that is opened anew knows nothing of the views of the one before it: it
+    /// must not expire anything while one of them is open.
+    #[must_use]
+    pub fn open_views(&self) -> OpenViews {
+        OpenViews(Arc::clone(&self.pins))
     }
 
     /// As [`Self::open_view`] for any place, also one inside a catch-up, where the content is a

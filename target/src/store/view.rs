@@ -40,6 +40,17 @@ impl Drop for Pin {
     }
 }
 
+/// The views of a store, watched from outside: they may outlive it.
+pub struct OpenViews(pub(crate) Pins);
+
+impl OpenViews {
+    /// Whether one is open.
+    #[must_use]
+    pub fn any(&self) -> bool {
+        !guard(&self.0).is_empty()
+    }
+}
+
 /// What a range of a point holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {

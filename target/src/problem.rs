@@ -186,6 +186,13 @@ pub fn stopping() -> Problem {
     )
 }
 
+/// Whether a problem is of this moment and this machine: whoever asked should try again. A source
+/// that is refused for good stops until a person looks.
+#[must_use]
+pub const fn is_passing(problem: &Problem) -> bool {
+    matches!(problem.code.0, 6502 | 6503 | 6507 | 6520)
+}
+
 /// FS-6510: the volume is another host's.
 #[must_use]
 pub fn other_hosts_volume(name: &VolumeName) -> Problem {

@@ -142,7 +142,8 @@ where
 }
 
 async fn refuse(writer: &mut (impl AsyncWrite + Unpin), problem: Problem) -> SessionEnd {
-    let refused = FromTarget::Refused { volume: None, problem: problem.clone(), retry: false };
+    let retry = problem::is_passing(&problem);
+    let refused = FromTarget::Refused { volume: None, problem: problem.clone(), retry };
     say_last(writer, &refused).await;
     SessionEnd::Refused(problem)
 }
@@ -195,8 +196,8 @@ where
         _ = &mut writing => SessionEnd::NotWritten,
     };
     if let SessionEnd::Refused(problem) = &end {
-        let problem = problem.clone();
-        session.outbox.send(FromTarget::Refused { volume: None, problem, retry: false });
+        let (problem, retry) = (problem.clone(), problem::is_passing(problem));
+        session.outbox.send(FromTarget::Refused { volume: None, problem, retry });
     }
     session.outbox.close();
     daemon.sessions.leave(host, session.id);
@@ -302,7 +303,8 @@ impl Peer {
                 }
             }
             Err(problem) => {
-                let refused = FromTarget::Refused { volume: Some(volume), problem, retry: false };
+                let retry = problem::is_passing(&problem);
+                let refused = FromTarget::Refused { volume: Some(volume), problem, retry };
                 self.session.outbox.send(refused);
             }
         }

@@ -233,3 +233,27 @@ async fn an_unprotected_volume_is_shown_as_such_and_keeps_its_replica() {
     let Ok(TargetReply::Status(status)) = bed.ask(TargetRequest::Status).await else { panic!() };
     assert_ne!(status[0].state, PairState::Unprotected, "protected again");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_told_to_try_again_while_the_catalogue_cannot_be_written() {
+    let bed = Bed::start().await;
+    let host = bed.enroll("db1").await;
+    let mut source = Source::new("pgdata");
+    let mut connection = bed.connect(&host).await;
+    let catalogue = bed.paths.state.join("target/catalogue.sqlite");
+    let other = rusqlite::Connection::open(&catalogue).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    connection.send(&source.open_message()).await;
+    match connection.next().await {
+        Some(FromTarget::Refused { volume: Some(_), problem, retry }) => {
+            assert_eq!(
+                (problem.code.0, retry),
+                (6503, true),
+                "a refusal for good stops the source"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    other.execute_batch("ROLLBACK").unwrap();
+    source.open(&mut connection).await;
+}

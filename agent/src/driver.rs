@@ -204,11 +204,15 @@ impl Driver {
         while let Some(event) = events.pop_front() {
             let mut actions = Vec::new();
             self.session.step(self.start.elapsed(), event, &mut actions);
+            let mut failed = false;
             for action in actions {
-                if let Err(failure) = self.execute(action).await {
+                // After a failure nothing is sent, but the rest is executed: the core counts on a
+                // feed that it has started and a batch that it has asked for.
+                if let Err(failure) = self.execute(action).await
+                    && !std::mem::replace(&mut failed, true)
+                {
                     self.disconnect();
                     events.push_back(Event::Disconnected { failure, jitter: jitter() });
-                    break;
                 }
             }
         }

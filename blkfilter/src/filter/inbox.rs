@@ -12,7 +12,9 @@ use crate::sys::wake::Event;
 #[derive(Debug)]
 pub(super) struct Inbox {
     actions: Mutex<Vec<Action>>,
-    /// Something is inside: spares the owner a lock and a system call when nothing is.
+    /// The event is set: spares the owner a lock and a system call when it is not. Raised after
+    /// the event, so that an owner who was faster than the waker clears it the next time; the other
+    /// way round the event would stay set with nobody to clear it.
     filled: AtomicBool,
     event: Event,
 }
@@ -26,12 +28,12 @@ impl Inbox {
     /// Puts an action in. [`Self::wake`] has to follow.
     pub(super) fn put(&self, action: Action) {
         self.actions.lock().unwrap_or_else(PoisonError::into_inner).push(action);
-        self.filled.store(true, Ordering::Release);
     }
 
     /// Makes the owner look.
     pub(super) fn wake(&self) {
         self.event.set();
+        self.filled.store(true, Ordering::Release);
     }
 
     /// Moves what is inside to `out`. Clears the event.
@@ -88,5 +90,20 @@ mod tests {
         assert_eq!(readable(), [true]);
         inbox.take(&mut out);
         assert!(out.len() == 1 && readable() == [false]);
+    }
+
+    #[test]
+    fn a_wake_that_comes_after_its_action_was_taken_does_not_stay() {
+        let inbox = Inbox::new().unwrap();
+        let readable = || wait_readable(&[inbox.fd()], Some(std::time::Duration::ZERO)).unwrap();
+        let mut out = vec![];
+        inbox.put(Action::CopyWanted { volume: key() });
+        inbox.wake();
+        inbox.put(Action::CopyWanted { volume: key() });
+        inbox.take(&mut out);
+        assert_eq!(out.len(), 2);
+        inbox.wake();
+        inbox.take(&mut out);
+        assert_eq!(readable(), [false], "the owner would spin");
     }
 }

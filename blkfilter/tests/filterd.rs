@@ -263,6 +263,41 @@ fn a_clean_stop_continues_and_a_kill_copies_again() {
 }
 
 #[test]
+fn a_marker_asked_for_during_a_stop_does_not_make_it_unclean() {
+    let mut world = World::new();
+    let info = world.protect(64 << 20);
+    let mut consumer = Consumer::new(&world.socket(), info.volume, SIZE);
+    consumer.drain();
+    let mut nbd = world.connect();
+    scribble(&mut nbd, 10, 5);
+    drop(nbd);
+    let mut client = world.client();
+    kill(Pid::from_raw(i32::try_from(world.daemon.id()).unwrap()), Signal::SIGTERM).unwrap();
+    let refused = loop {
+        let asked = client.marker(MarkerRequest {
+            marker: MarkerId::random(),
+            volumes: vec![info.volume],
+            kind: PointKind::Crash,
+            group: GroupId::NIL,
+            name: String::new(),
+            pending: false,
+        });
+        if let Err(problem) = asked {
+            break problem;
+        }
+    };
+    assert_eq!(refused.code.0, 2041, "{refused}");
+    consumer.pull(false);
+    consumer.release_last();
+    assert!(world.daemon.wait().unwrap().success());
+    world.daemon = start(world.dir.path());
+    world.client();
+    consumer.reconnect(&world.socket());
+    consumer.drain();
+    assert_eq!(consumer.starts, [false, true], "the stop was clean");
+}
+
+#[test]
 fn a_recopy_sends_everything_again_and_unprotect_leaves_the_disk_alone() {
     let world = World::new();
     let info = world.protect(16 << 20);

@@ -1,6 +1,7 @@
 //! One protected volume of the running daemon: device, copy loop, NBD server, and its record.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ pub(super) struct Attached {
     record: Mutex<VolumeRecord>,
     copy: Mutex<CopyLoop>,
     server: Mutex<Server>,
+    /// A client's thread was still there when serving stopped: it may write yet.
+    client_left: AtomicBool,
     ground: Ground,
 }
 
@@ -131,6 +134,7 @@ impl Attached {
             record: Mutex::new(record),
             copy: Mutex::new(copy),
             server: Mutex::new(server),
+            client_left: AtomicBool::new(false),
             ground: ground.clone(),
         }))
     }
@@ -185,6 +189,7 @@ impl Attached {
     pub(super) fn stop_serving(&self, grace: Duration) {
         self.device.close();
         if !lock(&self.server).stop(grace) {
+            self.client_left.store(true, Ordering::Release);
             tracing::warn!(volume = %self.info.name, "a client did not end in time");
         }
     }
@@ -197,7 +202,8 @@ impl Attached {
     /// have stopped. Returns whether it is clean.
     pub(super) fn mark_clean(&self) -> Result<bool, Problem> {
         let Some(core) = self.ground.host.status(self.id()) else { return Ok(false) };
-        let quiet = core.in_flight == 0 && core.order == CaptureOrder::Ordered;
+        let ended = !self.client_left.load(Ordering::Acquire);
+        let quiet = ended && core.in_flight == 0 && core.order == CaptureOrder::Ordered;
         if !quiet || core.captured != core.released {
             return Ok(false);
         }

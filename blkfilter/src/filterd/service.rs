@@ -228,7 +228,14 @@ impl Service {
         Ok(())
     }
 
+    /// A record that comes during a stop would be one that the target does not have: the volume
+    /// could not be marked clean.
+    fn refuse_while_stopping(&self) -> Result<(), Problem> {
+        if self.stopping.load(Ordering::Acquire) { Err(problem::stopping()) } else { Ok(()) }
+    }
+
     fn marker(&self, request: MarkerRequest) -> Result<MarkerPlaced, Problem> {
+        self.refuse_while_stopping()?;
         let MarkerRequest { marker, volumes, kind, group, name, pending } = request;
         let spec = MarkerSpec { marker, volumes: vec![], kind, group, name, pending };
         let placed = self.ground.host.marker(&volumes, spec).map_err(|e| problem::refused(&e))?;
@@ -319,6 +326,7 @@ impl Serve for Service {
             }
             Request::Marker(request) => Reply::Marker(self.marker(request)?),
             Request::ResolveMarker { marker, commit } => {
+                self.refuse_while_stopping()?;
                 host.resolve_marker(marker, commit).map_err(refused)?;
                 Reply::Done
             }

@@ -69,6 +69,11 @@ impl Consumer {
         fetched.records.len()
     }
 
+    /// Releases everything pulled, of a daemon that may end before it can answer.
+    pub fn release_last(&mut self) {
+        drop(self.client.release(self.volume, self.after));
+    }
+
     fn apply(&mut self, record: &Descriptor) {
         match &record.body {
             DescriptorBody::Write { extent, place } => self.data(*extent, *place),

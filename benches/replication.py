@@ -28,10 +28,10 @@ from lib.verify import files_equal  # noqa: E402
 MB = 10**6
 # (name, load, must and moonshot with TLS and default compression, the same without compression)
 CASES = [
-    ("64k randwrite at 100 MB/s", load.Shape(65536, 8, 100.0, total=400 * MB), (0.8, 0.5)),
-    ("64k randwrite full speed", load.Shape(65536, 8, total=600 * MB), (0.8, 0.5)),
-    ("4k randwrite at 20 MB/s", load.Shape(4096, 16, 20.0, total=80 * MB), (0.25, 0.1)),
-    ("4k randwrite full speed", load.Shape(4096, 32, total=160 * MB), (0.25, 0.1)),
+    ("64k randwrite at 100 MB/s", load.Shape(65536, 8, 100.0, total=250 * MB), (0.8, 0.5)),
+    ("64k randwrite full speed", load.Shape(65536, 8, total=400 * MB), (0.8, 0.5)),
+    ("4k randwrite at 20 MB/s", load.Shape(4096, 16, 20.0, total=50 * MB), (0.25, 0.1)),
+    ("4k randwrite full speed", load.Shape(4096, 32, total=100 * MB), (0.25, 0.1)),
 ]
 
 

@@ -49,6 +49,10 @@ class MirrorSide:
         self.lag_bytes, self.settle, self.close = self.mirror.lag_bytes, self.mirror.settle, self.mirror.close
         self.lag_period = 0.1
 
+    def order_lost(self) -> bool:
+        """It never keeps any."""
+        return False
+
     def verify(self) -> bool:
         """Source and replica image are equal."""
         return files_equal(*self.images)
@@ -61,6 +65,7 @@ def measure(side, shape: load.Shape) -> dict:
     with load.Sampler(side.lag_bytes, side.lag_period) as lag:
         figures = load.finish(load.start(side.socket, side.export, shape))
     ended = time.monotonic()
+    figures["order_lost"] = side.order_lost()
     figures["settle_s"] = max(0.0, side.settle() - ended)
     spent = chain.spent()
     gigabytes = figures["bytes"] / 1e9
@@ -93,11 +98,13 @@ def add_rows(report: Report, case: str, goal: tuple[float, float] | None, figure
     must, moonshot = goal or (None, None)
     report.ratio("P4" if goal else "-", f"{case}: CPU per replicated GB", figures.ratio("cpu_s_per_gb"), must, moonshot,
                  False, True, f"ours {split('ours', figures)}; mirror {split('base', figures)}")
+    lost = sum(run["order_lost"] for run in figures.ours)
     for side, who in (("ours", "ours"), ("base", "mirror")):
         speed, lag = figures.median(side, "through_mb_per_s").median, figures.median(side, "lag_max_mb").median
         settle = figures.median(side, "settle_s").median
         report.figure("-", f"{case}: {who}", "CPU-s/GB", figures.median(side, "cpu_s_per_gb"), True,
-                      f"{speed:.0f} MB/s until all is at the target; most lag {lag:.1f} MB; caught up {settle * 1000:.0f} ms after the load")
+                      f"{speed:.0f} MB/s until all is at the target; most lag {lag:.1f} MB; caught up {settle * 1000:.0f} ms after the load"
+                      + (f"; order lost in {lost} of {len(figures.ours)} runs" if lost and side == "ours" else ""))
 
 
 def measure_all(report: Report, args, size: int) -> None:

@@ -49,8 +49,27 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
     }
     let mut text = lines.join("\n");
     text.push('\n');
+    text.push_str(&copies(&report.volumes));
     text.push_str(&problems(&report.problems));
     text
+}
+
+/// What is being copied: how much is left, how fast it goes, and when it will be done.
+fn copies(rows: &[Row]) -> String {
+    let line = |row: &Row| {
+        let percent = row.copy_percent?;
+        let left = units::bytes(row.copy_remaining);
+        let end = row.copy_remaining.checked_div(row.copy_rate).map_or_else(
+            || "waiting".to_owned(),
+            |seconds| {
+                let eta = units::span(Duration::from_secs(seconds));
+                format!("at {}/s, done in about {eta}", units::bytes(row.copy_rate))
+            },
+        );
+        Some(format!("copying {}: {percent}% done, {left} left, {end}\n", row.volume))
+    };
+    let lines: String = rows.iter().filter_map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
 fn tone(state: PairState) -> Tone {
@@ -180,8 +199,8 @@ pub mod tests_data {
         };
         let mail = ReplicaStatus {
             state: PairState::Resync,
-            copy_remaining: 36,
-            copy_total: 100,
+            copy_remaining: 36 << 28,
+            copy_total: 100 << 28,
             copy_rate: 40 << 20,
             ..replica(3, "mail", "mx1")
         };
@@ -256,6 +275,8 @@ VOLUME  HOST  GROUP  STATE        RPO      TARGET  LAG      OLDEST POINT  POINTS
 files   nas2  -      lagging      4m12s !  1m      3.4 GiB  23h58m        271     never
 mail    mx1   -      resync  64%  3.1s     30s     2.0 MiB  23h58m        288     2d ago
 pgdata  db1   -      protected    3.1s     30s     2.1 MiB  23h58m        288     2d ago
+
+copying mail: 64% done, 9 GiB left, at 40 MiB/s, done in about 3m50s
 
 1 problem:  files  FS-3107 link slower than change rate for 4 min (18 vs 26 MiB/s)  farshore explain FS-3107
 ";

@@ -109,10 +109,12 @@ fn must_be_found(planted: Planted) {
     println!("found at seed {seed}: {}", why.lines().next().unwrap_or_default());
 }
 
-/// Every planted fault must be found. Three switches are not here because another rule makes each
+/// Every planted fault must be found. Four switches are not here because another rule makes each
 /// harmless alone, and that rule is tested: a torn tail left in place and a chain that is not
 /// compared (numbers are contiguous and never repeat within an epoch; the store's own tests hold
-/// the chain), and a resend from the wrong place (the duplicate filter, which is in the list).
+/// the chain), a resend from
+/// the wrong place (the duplicate filter, which is in the list), and a divided number (the capture
+/// core never gives one number to two records; the agent's own tests make such streams).
 macro_rules! planted {
     ($($test:ident: $part:ident.$fault:ident;)*) => {$(
         #[test]
@@ -134,7 +136,6 @@ planted! {
     finds_pool_room_given_out_twice: core.reuse_pool_before_release;
     finds_a_release_before_the_ack: session.release_before_ack;
     finds_a_chain_not_continued: session.chain_not_continued;
-    finds_a_divided_number: session.divide_number;
     finds_an_ack_before_the_sync: store.ack_before_sync;
     finds_a_floor_lowered_by_a_crash: store.floor_lowered_after_crash;
     finds_segments_deleted_too_early: store.segments_deleted_before_base_synced;

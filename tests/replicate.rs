@@ -18,6 +18,7 @@ fn fio(uri: &str, extra: &[&str]) {
         "--thread=1",
         "--group_reporting=1",
         "--verify=crc32c",
+        "--verify_state_save=0",
         "--verify_fatal=1",
         "--do_verify=1",
         "--minimal",

@@ -5,9 +5,12 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags};
 
 const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
 const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
@@ -212,6 +215,24 @@ impl NbdClient {
     #[must_use]
     pub const fn max_payload(&self) -> u32 {
         self.max_payload
+    }
+
+    /// Waits until an answer can be taken, at most `limit` (in whole milliseconds, at least one);
+    /// false when none has come.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn answer_within(&self, limit: Duration) -> io::Result<bool> {
+        if !self.reader.buffer().is_empty() {
+            return Ok(true);
+        }
+        let millis = u16::try_from(limit.as_millis()).unwrap_or(u16::MAX).max(1);
+        let mut wanted = [PollFd::new(self.reader.get_ref().as_fd(), PollFlags::POLLIN)];
+        match nix::poll::poll(&mut wanted, millis) {
+            Ok(ready) => Ok(ready > 0),
+            Err(nix::errno::Errno::EINTR) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Requests without a reply yet.

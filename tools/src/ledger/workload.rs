@@ -122,8 +122,10 @@ impl Workload {
             threads.push(std::thread::spawn(move || {
                 let mut since_flush = 0u32;
                 while !stop.is_set() {
-                    if pause_for_rate(&stop, rate, sent.load(Ordering::Relaxed), started) {
-                        break;
+                    let ahead = ahead_of_rate(rate, sent.load(Ordering::Relaxed), started);
+                    if !ahead.is_zero() {
+                        writer.pause(&stop, ahead)?;
+                        continue;
                     }
                     let len = writer.send_one()?;
                     sent.fetch_add(len, Ordering::Relaxed);
@@ -143,13 +145,12 @@ impl Workload {
     }
 }
 
-/// Waits while the writers are ahead of their rate; true when they are to stop.
-fn pause_for_rate(stop: &Flag, rate: u64, sent: u64, started: Instant) -> bool {
+/// How long the writers have to wait to keep to their rate.
+fn ahead_of_rate(rate: u64, sent: u64, started: Instant) -> Duration {
     let micros = u128::from(sent) * 1_000_000;
-    let Some(due) = micros.checked_div(u128::from(rate)) else { return false };
+    let Some(due) = micros.checked_div(u128::from(rate)) else { return Duration::ZERO };
     let due = Duration::from_micros(u64::try_from(due).unwrap_or(u64::MAX));
-    let ahead = due.saturating_sub(started.elapsed());
-    !ahead.is_zero() && stop.wait(ahead)
+    due.saturating_sub(started.elapsed())
 }
 
 struct Writer {
@@ -208,6 +209,18 @@ impl Writer {
         Ok(u64::from(len))
     }
 
+    /// Lets time pass, and takes the answers that come meanwhile at once: one that lies unread is
+    /// neither acknowledged nor timed.
+    fn pause(&mut self, stop: &Flag, time: Duration) -> io::Result<()> {
+        if self.client.in_flight() == 0 {
+            // The caller looks at the flag next.
+            let _set = stop.wait(time);
+        } else if self.client.answer_within(time.min(LONGEST_PAUSE))? {
+            self.take_one()?;
+        }
+        Ok(())
+    }
+
     fn take_one(&mut self) -> io::Result<()> {
         let done = self.client.complete()?;
         let Some((ticket, begun)) = self.waiting.remove(&done.cookie) else { return Ok(()) };
@@ -242,5 +255,8 @@ impl Writer {
         Ok(self.stats)
     }
 }
+
+/// A writer looks so often whether it is to stop.
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
 const _: () = assert!(BLOCK == 4096, "sizes above are chosen in blocks of 4 KiB");

@@ -307,11 +307,12 @@ impl Site {
         wait_for("the source to be connected", Duration::from_secs(30), || {
             self.replica(volume).filter(|r| r.connected)
         });
-        // A connection that has just died looks alive for a moment (FS-6605): try again, as the
+        // A connection that has just died looks alive for a moment (FS-6605, FS-5904): try again, as the
         // answer says.
         wait_for("the point to be made", Duration::from_secs(60), || {
             let out = self.try_cli(&["point", "tag", volume, "--name", name]);
-            let refused = String::from_utf8_lossy(&out.stderr).contains("FS-6605");
+            let told = String::from_utf8_lossy(&out.stderr);
+            let refused = ["FS-6605", "FS-5904"].iter().any(|code| told.contains(code));
             assert!(out.status.success() || refused, "point tag: {}\n{}", said(&out), self.logs());
             out.status.success().then_some(())
         });

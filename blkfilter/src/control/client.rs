@@ -213,11 +213,16 @@ impl Client {
         request: &Request,
         limit: Duration,
     ) -> Result<(Reply, Option<OwnedFd>), Problem> {
-        let stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => open(&self.path)?,
-        };
-        match talk(&stream, request, limit) {
+        let kept = self.stream.take();
+        let reused = kept.is_some();
+        let mut stream = kept.map_or_else(|| open(&self.path), Ok)?;
+        let mut answer = talk(&stream, request, limit);
+        if reused && answer.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+            // The daemon was restarted since the last call and nobody has read this request.
+            stream = open(&self.path)?;
+            answer = talk(&stream, request, limit);
+        }
+        match answer {
             Ok((reply, fd)) => {
                 self.stream = Some(stream);
                 reply.map(|reply| (reply, fd))

@@ -162,3 +162,19 @@ fn a_daemon_that_hangs_does_not_hang_its_callers() {
     assert!(problem.what.contains("did not answer"));
     client.stream = None;
 }
+
+#[test]
+fn a_request_that_a_restarted_daemon_never_read_is_sent_again() {
+    let (_dir, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut client = Client::connect(&path).unwrap();
+    // The daemon ends: its end of the connection is closed, and another one listens.
+    drop(listener.accept().unwrap());
+    drop(listener);
+    std::fs::remove_file(&path).unwrap();
+    let server =
+        serve(&path, 1, Box::new(|_, stream| send(stream, Ok(Reply::Volumes(Vec::new())))));
+    assert_eq!(client.list().unwrap(), Vec::new());
+    drop(client);
+    server.join().unwrap();
+}

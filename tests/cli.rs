@@ -33,6 +33,10 @@ fn err(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 fn json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
@@ -246,10 +250,13 @@ fn the_preflight_names_what_stands_in_the_way_and_dry_run_changes_nothing() {
     let good = disk(root, "disk.img", 4 << 20);
     let dry = run(root, &["protect", &good, "--name", "good", "--dry-run"]);
     assert_eq!(code(&dry), 0, "{}", err(&dry));
+    assert!(text(&dry).contains("attached by "), "the way and its reason: {}", text(&dry));
     assert_eq!(code(&run(root, &["unprotect", "good", "--yes"])), 3, "it was a dry run");
-    let done = run(root, &["protect", &good, "--name", "good", "--policy", "30s", "--json"]);
+    let by = ["--attach", "socket", "--policy", "30s", "--json"];
+    let done = run(root, &[&["protect", &good, "--name", "good"][..], &by].concat());
     assert_eq!(code(&done), 0, "{}", err(&done));
     assert_eq!(json(&done)["volume"]["point_interval_ms"], 30_000);
+    assert!(json(&done)["volume"]["attachment"]["socket"]["path"].is_string(), "{}", text(&done));
     let twice = run(root, &["protect", &good, "--name", "again"]);
     assert_eq!(code(&twice), 4, "{}", err(&twice));
     let unasked = run(root, &["unprotect", "good"]);
@@ -258,6 +265,26 @@ fn the_preflight_names_what_stands_in_the_way_and_dry_run_changes_nothing() {
     assert_eq!(code(&run(root, &["unprotect", "good", "--yes", "--dry-run"])), 0);
     assert_eq!(code(&run(root, &["unprotect", "good", "--yes"])), 0);
     assert_eq!(code(&run(root, &["unprotect", "good", "--yes"])), 3);
+}
+
+#[test]
+fn a_way_of_attaching_that_this_host_lacks_is_refused_and_never_replaced() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let _filterd = Daemon::start(root, &["filterd"], &["unprotect", "x", "--yes"]);
+    let good = disk(root, "disk.img", 4 << 20);
+    for (way, there) in [("ublk", "/dev/ublk-control"), ("nbd", "/sys/module/nbd")] {
+        if Path::new(there).exists() {
+            continue;
+        }
+        let output = run(root, &["protect", &good, "--name", "x", "--attach", way]);
+        assert_eq!(code(&output), 4, "{}", err(&output));
+        assert!(err(&output).contains("FS-4031"), "{}", err(&output));
+    }
+    let socket = root.join("x.sock").display().to_string();
+    let both = ["--attach", "ublk", "--nbd-socket", &socket];
+    let output = run(root, &[&["protect", &good, "--name", "x"][..], &both].concat());
+    assert_eq!(code(&output), 2, "{}", err(&output));
 }
 
 #[test]
@@ -279,7 +306,8 @@ fn status_says_what_is_missing_and_is_partial_then() {
     let root = root.path();
     let _filterd = Daemon::start(root, &["filterd"], &["unprotect", "x", "--yes"]);
     let good = disk(root, "disk.img", 4 << 20);
-    assert_eq!(code(&run(root, &["protect", &good, "--name", "good"])), 0);
+    let protect = ["protect", &good, "--name", "good", "--attach", "socket"];
+    assert_eq!(code(&run(root, &protect)), 0);
     let output = run(root, &["status", "--json"]);
     let status = json(&output);
     assert_eq!(code(&output), 6, "the agent is missing");

@@ -117,7 +117,8 @@ fn a_dead_agent_never_stalls_the_guest_and_everything_arrives_afterwards() {
     let image = site.root().join("disk.img");
     std::fs::File::create(&image).and_then(|f| f.set_len(SIZE)).expect("image");
     let path = image.to_str().expect("UTF-8");
-    site.cli(&["protect", path, "--name", "disk", "--policy", "200ms", "--pool", "8MiB", "--yes"]);
+    let how = ["--policy", "200ms", "--pool", "8MiB", "--attach", "socket", "--yes"];
+    site.cli(&[&["protect", path, "--name", "disk"][..], &how].concat());
     site.wait_protected("disk");
     let before = site.tag("disk", "before");
     daemons.agent.kill();

@@ -78,7 +78,7 @@ fn the_two_host_example_of_the_readme_works_and_survives_a_pulled_cable() {
     run("truncate", &["-s", "64M", image.to_str().expect("path")]);
     let path = image.to_str().expect("path");
     db1.cli(&["protect", path, "--name", "pgdata", "--policy", "1s", "--dry-run"]);
-    db1.cli(&["protect", path, "--name", "pgdata", "--policy", "1s", "--yes"]);
+    db1.protect_image("pgdata", &image, "1s");
     let uri = db1.nbd_uri("pgdata");
     run("nbdsh", &["-u", &uri, "-c", "h.pwrite(b'one' + bytes(4093), 0)\nh.flush()"]);
     backup.wait_protected("pgdata");

@@ -89,7 +89,7 @@ class _Source:
 
     def protect(self) -> None:
         """Puts the filter in front of the image."""
-        self.cli("protect", str(self.image), "--name", VOLUME, "--policy", "off", "--pool", POOL, "--yes")
+        self.cli("protect", str(self.image), "--name", VOLUME, "--policy", "off", "--pool", POOL, "--attach", "socket", "--yes")
         self.socket, self.export = Path(self.row()["nbd_socket"]), VOLUME
         self.uri = uri(self.socket, self.export)
 

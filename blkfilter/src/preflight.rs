@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use farshore_extent::{Problem, VolumeName};
 
 use crate::backing::{self, Backing, Mode};
-use crate::control::ProtectRequest;
+use crate::control::{AttachKind, ProtectRequest};
 use crate::sys::info;
 pub use host::HostRoots;
 
@@ -33,7 +33,7 @@ pub struct OwnPlaces {
 }
 
 impl OwnPlaces {
-    /// Where the volume of `request` will be served.
+    /// Where the volume of `request` will be served when it is attached by a socket.
     #[must_use]
     pub fn nbd_socket(&self, request: &ProtectRequest) -> PathBuf {
         request
@@ -50,11 +50,12 @@ pub struct Running {
     pub name: VolumeName,
     /// Its backing device.
     pub backing: PathBuf,
-    /// Where it is served.
-    pub nbd_socket: PathBuf,
+    /// Where it is served; none for a block device.
+    pub nbd_socket: Option<PathBuf>,
 }
 
-/// Everything that stands in the way of `request`; empty means ready.
+/// Everything that stands in the way of `request`, whose way of attaching has been chosen; empty
+/// means ready.
 #[must_use]
 pub fn preflight(
     roots: &HostRoots,
@@ -98,11 +99,15 @@ fn names_and_sockets(
     running: &[Running],
 ) -> Vec<Problem> {
     let path = request.backing.as_path();
-    let socket = places.nbd_socket(request);
     let mut problems = Vec::new();
-    if let Some(other) = running.iter().find(|volume| volume.name == request.name) {
-        problems.push(problem::name_taken(path, &request.name, &other.backing));
-    } else if let Some(other) = running.iter().find(|volume| volume.nbd_socket == socket) {
+    let same_name = running.iter().find(|volume| volume.name == request.name);
+    problems.extend(same_name.map(|v| problem::name_taken(path, &request.name, &v.backing)));
+    if request.attach != Some(AttachKind::Socket) {
+        return problems;
+    }
+    let socket = places.nbd_socket(request);
+    let same_socket = |volume: &&Running| volume.nbd_socket.as_ref() == Some(&socket);
+    if let Some(other) = running.iter().find(same_socket).filter(|_| same_name.is_none()) {
         problems.push(problem::socket_in_use(path, &socket, &other.name));
     }
     let bytes = socket.as_os_str().as_bytes().len();

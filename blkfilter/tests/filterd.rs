@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use consumer::Consumer;
-use farshore_blkfilter::control::{Client, MarkerRequest, ProtectRequest, VolumeInfo};
+use farshore_blkfilter::control::{AttachKind, Client, MarkerRequest, ProtectRequest, VolumeInfo};
 use farshore_blkfilter::filterd::{Config, Shutdown, run};
 use farshore_extent::{CaptureOrder, GroupId, MarkerId, PointKind, VolumeName};
 use nbd::Nbd;
@@ -73,12 +73,13 @@ impl World {
         let request = ProtectRequest {
             name: VolumeName::new("disk").unwrap(),
             backing: self.dir.path().join("disk.img"),
+            attach: Some(AttachKind::Socket),
             nbd_socket: None,
             pool_bytes: Some(pool),
             point_interval_ms: None,
         };
         let mut client = self.client();
-        assert_eq!(client.preflight(request.clone()).unwrap(), vec![]);
+        assert_eq!(client.preflight(request.clone()).unwrap().problems, vec![]);
         client.protect(request).unwrap()
     }
 

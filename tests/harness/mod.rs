@@ -253,7 +253,8 @@ impl Site {
 
     pub fn protect_image(&self, name: &str, image: &Path, interval: &str) {
         let path = image.to_str().expect("UTF-8 path");
-        self.cli(&["protect", path, "--name", name, "--policy", interval, "--yes"]);
+        let by = ["--attach", "socket", "--yes"];
+        self.cli(&[&["protect", path, "--name", name, "--policy", interval][..], &by].concat());
     }
 
     /// Address of a protected volume for NBD clients.

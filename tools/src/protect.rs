@@ -4,8 +4,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use farshore_blkfilter::control::{ProtectRequest, VolumeInfo};
-use farshore_extent::VolumeName;
+use clap::ValueEnum;
+use farshore_blkfilter::control::{
+    AttachChoice, AttachKind, Attachment, ProtectRequest, VolumeInfo,
+};
+use farshore_extent::{Problem, VolumeName};
 
 use crate::args::{Global, bytes, interval, volume_name};
 use crate::ask::confirm;
@@ -31,9 +34,34 @@ pub struct ProtectArgs {
     /// Memory that holds writes until they are safe at the target
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pool: Option<u64>,
-    /// Unix socket on which clients find it, instead of one in the run directory
+    /// How this host reaches it; the best way it has if not given
+    #[arg(long, value_name = "WAY")]
+    attach: Option<Way>,
+    /// Unix socket on which clients find it, instead of one in the run directory; means
+    /// `--attach socket`
     #[arg(long, value_name = "PATH")]
     nbd_socket: Option<PathBuf>,
+}
+
+/// Ways of `--attach`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Way {
+    /// A block device of the kernel's ublk driver
+    Ublk,
+    /// A block device of the kernel's NBD client
+    Nbd,
+    /// A unix socket for NBD clients, no block device
+    Socket,
+}
+
+impl From<Way> for AttachKind {
+    fn from(way: Way) -> Self {
+        match way {
+            Way::Ublk => Self::Ublk,
+            Way::Nbd => Self::Nbd,
+            Way::Socket => Self::Socket,
+        }
+    }
 }
 
 /// Options of `unprotect`.
@@ -54,25 +82,34 @@ fn absolute(path: &Path) -> PathBuf {
 /// `farshore protect`.
 pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let paths = global.paths();
-    let request = ProtectRequest {
+    if args.nbd_socket.is_some() && args.attach.is_some_and(|way| way != Way::Socket) {
+        let why = "a socket is no block device";
+        let next = "leave out one of --nbd-socket and --attach";
+        return Err(Problem::harmless(1901, "--nbd-socket means --attach socket", why, next).into());
+    }
+    let mut request = ProtectRequest {
         name: args.name.clone(),
         // The daemon has another working directory.
         backing: absolute(&args.path),
+        attach: args.attach.map(AttachKind::from),
         nbd_socket: args.nbd_socket.as_deref().map(absolute),
         pool_bytes: args.pool,
         point_interval_ms: args.policy.map(Interval::millis),
     };
     let mut filterd = rpc::filterd(&paths)?;
     let found = filterd.preflight(request.clone())?;
-    if let Some(failure) = Failure::from_list(found) {
+    if let Some(failure) = Failure::from_list(found.problems) {
         return Err(failure);
     }
+    // What is told is what is done.
+    request.attach = found.attach.as_ref().map(|choice| choice.kind);
     if global.dry_run {
         let (path, name) = (request.backing.display(), &request.name);
         if out.json {
             out.document(SCHEMA, "would_protect", &request);
         } else {
             out.line(format!("ready: {path} can be protected as {name}; nothing was changed"));
+            found.attach.iter().for_each(|choice| out.line(reason(choice)));
         }
         return Ok(Exit::Ok);
     }
@@ -81,15 +118,30 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
         out.document(SCHEMA, "volume", &info);
     } else {
         out.line(protected(&info));
+        found.attach.iter().for_each(|choice| out.line(reason(choice)));
         out.hint("from now on open the disk only here; writes that bypass it are not replicated");
         out.hint("how far it is: farshore status --watch");
     }
     Ok(Exit::Ok)
 }
 
-/// Where clients of the protected volume connect.
-pub fn uri(info: &VolumeInfo) -> String {
-    format!("nbd+unix:///{}?socket={}", info.name, info.nbd_socket.display())
+/// Where guests find the protected volume: a device, or an address for NBD clients.
+fn place(info: &VolumeInfo) -> String {
+    match (&info.attachment, &info.link) {
+        (Attachment::Socket { path }, _) => {
+            format!("nbd+unix:///{}?socket={}", info.name, path.display())
+        }
+        (Attachment::Ublk { device, .. } | Attachment::Nbd { device, .. }, Some(link)) => {
+            format!("{} ({})", link.display(), device.display())
+        }
+        (Attachment::Ublk { device, .. } | Attachment::Nbd { device, .. }, None) => {
+            device.display().to_string()
+        }
+    }
+}
+
+fn reason(choice: &AttachChoice) -> String {
+    format!("  attached by {}: {}", choice.kind, choice.why)
 }
 
 fn protected(info: &VolumeInfo) -> String {
@@ -98,7 +150,7 @@ fn protected(info: &VolumeInfo) -> String {
         info.backing.display(),
         info.name,
         units::bytes(info.size.get()),
-        uri(info),
+        place(info),
     )
 }
 

@@ -9,8 +9,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use farshore_blkfilter::control::{
-    BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced, MarkerRequest,
-    PoolPlace, Reply, Request, VolumeInfo, VolumeStatus,
+    Attachment, BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced,
+    MarkerRequest, PoolPlace, Reply, Request, VolumeInfo, VolumeStatus,
 };
 use farshore_blkfilter::sys::fdpass::send_with_fd;
 use farshore_blkfilter::sys::pool::{PoolMemory, PoolSlice};
@@ -82,7 +82,8 @@ impl FakeFilterd {
                 backend: BackendKind::File,
                 size: VolumeSize::new(1 << 30).unwrap(),
                 blocks: BlockSizes::E512,
-                nbd_socket: "none".into(),
+                attachment: Attachment::Socket { path: "none".into() },
+                link: None,
                 epoch: s.epoch,
                 point_interval_ms: None,
             };

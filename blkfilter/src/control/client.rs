@@ -16,7 +16,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, 
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::message::{
-    Fetched, MarkerPlaced, MarkerRequest, ProtectRequest, Reply, Request, VolumeInfo, VolumeStatus,
+    Fetched, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request, VolumeInfo,
+    VolumeStatus,
 };
 use crate::sys::fdpass::FdReader;
 use crate::sys::pool_reader::ReadOnlyPool;
@@ -73,13 +74,13 @@ impl Client {
         }
     }
 
-    /// What stands in the way of protecting; empty means ready. Changes nothing.
+    /// What stands in the way of protecting, and how the volume would be attached. Changes nothing.
     ///
     /// # Errors
     /// As for [`Self::list`].
-    pub fn preflight(&mut self, request: ProtectRequest) -> Result<Vec<Problem>, Problem> {
+    pub fn preflight(&mut self, request: ProtectRequest) -> Result<Readiness, Problem> {
         match self.call(&Request::Preflight(request), SLOW_CALL)? {
-            Reply::Preflight(problems) => Ok(problems),
+            Reply::Preflight(readiness) => Ok(readiness),
             other => Err(self.unexpected(&other)),
         }
     }

@@ -1,11 +1,12 @@
 //! Messages of the control socket. Descriptors mirror the record kinds of the change log; payload
 //! stays in the pool.
 
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use farshore_extent::{
-    BlockSizes, CaptureOrder, Epoch, Extent, GroupId, Lsn, MarkerId, PointKind, Seq, VolumeId,
-    VolumeName, VolumeSize, WallTime,
+    BlockSizes, CaptureOrder, Epoch, Extent, GroupId, Lsn, MarkerId, PointKind, Problem, Seq,
+    VolumeId, VolumeName, VolumeSize, WallTime,
 };
 use serde::{Deserialize, Serialize};
 
@@ -92,8 +93,8 @@ pub enum Reply {
     Volumes(Vec<VolumeStatus>),
     /// To `Protect`.
     Protected(VolumeInfo),
-    /// To `Preflight`: the failed prerequisites; empty means ready.
-    Preflight(Vec<farshore_extent::Problem>),
+    /// To `Preflight`.
+    Preflight(Readiness),
     /// To `Marker`.
     Marker(MarkerPlaced),
     /// To `Drain`: whether it was reached in time.
@@ -119,6 +120,101 @@ pub enum BackendKind {
     File,
 }
 
+/// A way in which guests reach a protected volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttachKind {
+    /// A block device of the kernel's ublk driver.
+    Ublk,
+    /// A block device of the kernel's NBD client.
+    Nbd,
+    /// A unix socket that speaks NBD.
+    Socket,
+}
+
+impl fmt::Display for AttachKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ublk => "ublk",
+            Self::Nbd => "kernel NBD",
+            Self::Socket => "NBD socket",
+        })
+    }
+}
+
+/// The way that was chosen, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachChoice {
+    /// The way.
+    pub kind: AttachKind,
+    /// For a person: "the kernel has it", or what is missing for a better way.
+    pub why: String,
+}
+
+/// Where guests reach a protected volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attachment {
+    /// A block device of the kernel's ublk driver.
+    Ublk {
+        /// As in `/dev/ublkbN`; kept for the life of the volume.
+        number: u32,
+        /// The device node.
+        device: PathBuf,
+    },
+    /// A block device of the kernel's NBD client.
+    Nbd {
+        /// As in `/dev/nbdN`; kept for the life of the volume.
+        number: u32,
+        /// The device node.
+        device: PathBuf,
+    },
+    /// A unix socket that speaks NBD.
+    Socket {
+        /// Where it listens.
+        path: PathBuf,
+    },
+}
+
+impl Attachment {
+    /// Which way.
+    #[must_use]
+    pub const fn kind(&self) -> AttachKind {
+        match self {
+            Self::Ublk { .. } => AttachKind::Ublk,
+            Self::Nbd { .. } => AttachKind::Nbd,
+            Self::Socket { .. } => AttachKind::Socket,
+        }
+    }
+
+    /// The block device; none for a socket.
+    #[must_use]
+    pub fn device(&self) -> Option<&Path> {
+        match self {
+            Self::Ublk { device, .. } | Self::Nbd { device, .. } => Some(device),
+            Self::Socket { .. } => None,
+        }
+    }
+
+    /// The socket; none for a block device.
+    #[must_use]
+    pub fn socket(&self) -> Option<&Path> {
+        match self {
+            Self::Socket { path } => Some(path),
+            Self::Ublk { .. } | Self::Nbd { .. } => None,
+        }
+    }
+}
+
+/// What stands in the way of protecting, and how the volume would be attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readiness {
+    /// The failed prerequisites; empty means ready.
+    pub problems: Vec<Problem>,
+    /// How guests would reach it; none when the way asked for is not possible here.
+    pub attach: Option<AttachChoice>,
+}
+
 /// Start protecting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProtectRequest {
@@ -126,7 +222,10 @@ pub struct ProtectRequest {
     pub name: VolumeName,
     /// Block device or raw image file.
     pub backing: PathBuf,
-    /// Unix socket to serve NBD on; none: `<run directory>/nbd/<name>.sock`.
+    /// How guests are to reach it; none: the best way this host has, [`AttachKind::Socket`] when
+    /// `nbd_socket` is given.
+    pub attach: Option<AttachKind>,
+    /// For [`AttachKind::Socket`]: where to listen; none: `<run directory>/nbd/<name>.sock`.
     pub nbd_socket: Option<PathBuf>,
     /// Pool size in bytes; none: the daemon's default.
     pub pool_bytes: Option<u64>,
@@ -150,8 +249,11 @@ pub struct VolumeInfo {
     pub size: VolumeSize,
     /// Block sizes in bytes.
     pub blocks: BlockSizes,
-    /// Where NBD clients connect.
-    pub nbd_socket: PathBuf,
+    /// Where guests reach it: this way and no other, so that there is one writer.
+    pub attachment: Attachment,
+    /// Stable name of a block device (`/dev/farshore/NAME`); none for a socket, and when something
+    /// that is not ours has the name.
+    pub link: Option<PathBuf>,
     /// Epoch of this run.
     pub epoch: Epoch,
     /// As in [`ProtectRequest::point_interval_ms`]; the agent passes it on when it opens the volume.

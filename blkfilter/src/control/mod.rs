@@ -14,6 +14,7 @@ pub mod server;
 pub use crate::sys::pool_reader::ReadOnlyPool;
 pub use client::{Client, FetchWish};
 pub use message::{
-    BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced, MarkerRequest,
-    PoolPlace, ProtectRequest, Reply, Request, VolumeInfo, VolumeStatus,
+    AttachChoice, AttachKind, Attachment, BackendKind, CopyProgress, Descriptor, DescriptorBody,
+    Fetched, MarkerPlaced, MarkerRequest, PoolPlace, ProtectRequest, Readiness, Reply, Request,
+    VolumeInfo, VolumeStatus,
 };

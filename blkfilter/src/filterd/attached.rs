@@ -1,4 +1,4 @@
-//! One protected volume of the running daemon: device, copy loop, NBD server, and its record.
+//! One protected volume of the running daemon: device, copy loop, front end, and its record.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,13 +9,12 @@ use farshore_extent::{CaptureOrder, Problem, VolumeId};
 
 use super::config::Config;
 use super::problem;
+use super::serving::Serving;
 use super::state::{StateDir, VolumeRecord, VolumeState, start_of};
 use crate::backing::{Backing, Mode};
 use crate::control::{CopyProgress, VolumeInfo, VolumeStatus};
 use crate::core::{Attach, Refused};
-use crate::durable_fs;
 use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host};
-use crate::frontend::nbd::{self, Export, Exports, Server};
 use crate::sys::pool::PoolMemory;
 
 /// What every volume is attached with.
@@ -34,7 +33,7 @@ pub(super) struct Attached {
     key: crate::core::VolumeKey,
     record: Mutex<VolumeRecord>,
     copy: Mutex<CopyLoop>,
-    server: Mutex<Server>,
+    serving: Mutex<Serving>,
     /// A client's thread was still there when serving stopped: it may write yet.
     client_left: AtomicBool,
     ground: Ground,
@@ -101,21 +100,10 @@ impl Attached {
         key: crate::core::VolumeKey,
         record: VolumeRecord,
     ) -> Result<Arc<Self>, Problem> {
-        let socket = record.nbd_socket.clone();
-        let failed = |e: std::io::Error| problem::socket(&socket, &e);
-        if let Some(directory) = socket.parent() {
-            durable_fs::create_directory(directory, 0o700).map_err(failed)?;
-        }
         let copy = CopyLoop::start(&device, record.copy_rate)
             .map_err(|e| problem::resources("a thread for the copy loop", e))?;
-        let exports = Exports::new();
-        let export = Export {
-            name: record.name.as_str().to_owned(),
-            description: format!("protected volume on {}", record.backing.display()),
-            device: Arc::clone(&device) as Arc<dyn crate::device::Device>,
-        };
-        exports.add(export).map_err(|e| problem::resources("an export", e))?;
-        let server = Server::bind_unix(&socket, exports, nbd::Config::default()).map_err(failed)?;
+        let served = Arc::clone(&device) as Arc<dyn crate::device::Device>;
+        let serving = Serving::start(served, &record)?;
         let info = VolumeInfo {
             volume: record.volume,
             name: record.name.clone(),
@@ -123,7 +111,8 @@ impl Attached {
             backend: device.backing().kind(),
             size: record.size,
             blocks: record.blocks,
-            nbd_socket: socket,
+            attachment: serving.attachment(),
+            link: None,
             epoch: record.epoch,
             point_interval_ms: record.point_interval_ms,
         };
@@ -133,7 +122,7 @@ impl Attached {
             key,
             record: Mutex::new(record),
             copy: Mutex::new(copy),
-            server: Mutex::new(server),
+            serving: Mutex::new(serving),
             client_left: AtomicBool::new(false),
             ground: ground.clone(),
         }))
@@ -148,7 +137,7 @@ impl Attached {
     }
 
     pub(super) fn clients(&self) -> u32 {
-        lock(&self.server).clients()
+        lock(&self.serving).clients()
     }
 
     /// `None` when it was detached meanwhile.
@@ -188,7 +177,7 @@ impl Attached {
     /// No more clients; those there are finish what they have sent.
     pub(super) fn stop_serving(&self, grace: Duration) {
         self.device.close();
-        if !lock(&self.server).stop(grace) {
+        if !lock(&self.serving).stop(grace) {
             self.client_left.store(true, Ordering::Release);
             tracing::warn!(volume = %self.info.name, "a client did not end in time");
         }

@@ -5,10 +5,12 @@
 //! everything captured is durable at the target and the backing was flushed.
 
 mod attached;
+mod choice;
 mod config;
 mod daemon;
 mod problem;
 mod service;
+mod serving;
 mod shutdown;
 mod state;
 

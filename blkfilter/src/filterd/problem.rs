@@ -6,6 +6,7 @@ use std::path::Path;
 
 use farshore_extent::{Code, Problem, VolumeName};
 
+use crate::control::AttachKind;
 use crate::core::Refused;
 
 /// Fetch: records between the asked place and the oldest one here are gone. The agent sends
@@ -97,6 +98,15 @@ pub(super) fn bad_pool(bytes: u64) -> Problem {
         format!("a pool of {bytes} bytes is not possible"),
         "a pool must hold four of the largest writes and chunks and fit into memory",
         "choose 8 MiB to 64 GiB",
+    )
+}
+
+pub(super) fn impossible(path: &Path, kind: AttachKind, why: impl Display) -> Problem {
+    Problem::harmless(
+        4031,
+        format!("cannot protect {}: no device can be attached by {kind} here", path.display()),
+        why.to_string(),
+        "correct what is named, or leave --attach out: the best way this host has is taken then",
     )
 }
 

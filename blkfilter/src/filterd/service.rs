@@ -1,6 +1,7 @@
 //! What the control socket asks for, done.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,10 +9,13 @@ use std::time::{Duration, Instant};
 use farshore_extent::{CaptureOrder, Code, Problem, VolumeId, VolumeName};
 
 use super::attached::{Attached, Ground, open};
+use super::choice::{Impossible, Ways};
 use super::problem;
-use super::state::{VolumeRecord, VolumeState};
+use super::state::{Front, VolumeRecord, VolumeState};
 use crate::control::server::{Response, Serve};
-use crate::control::{MarkerPlaced, MarkerRequest, ProtectRequest, Reply, Request, VolumeInfo};
+use crate::control::{
+    AttachKind, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request, VolumeInfo,
+};
 use crate::core::MarkerSpec;
 use crate::filter::FetchWait;
 use crate::preflight::{HostRoots, OwnPlaces, Running, preflight};
@@ -117,11 +121,12 @@ impl Service {
         let request = ProtectRequest {
             name: record.name.clone(),
             backing: record.backing.clone(),
-            nbd_socket: Some(record.nbd_socket.clone()),
+            attach: Some(record.front.kind()),
+            nbd_socket: record.front.socket(),
             pool_bytes: Some(record.pool_bytes),
             point_interval_ms: record.point_interval_ms,
         };
-        if let Some(problem) = self.preflight(&request).into_iter().next() {
+        if let Some(problem) = self.obstacles(&request).into_iter().next() {
             return Err(problem);
         }
         Attached::attach(&self.ground, open(&record.backing)?, record, true)
@@ -145,11 +150,24 @@ impl Service {
         OwnPlaces { state: config.state.clone(), run: config.run.clone() }
     }
 
-    fn preflight(&self, request: &ProtectRequest) -> Vec<Problem> {
+    /// What stands in the way, and how it would be attached.
+    fn preflight(&self, request: &ProtectRequest) -> Readiness {
+        let asked = request.attach.or(request.nbd_socket.as_ref().map(|_| AttachKind::Socket));
+        let choice = Ways::of_this_host().choose(asked);
+        let attach = choice.as_ref().ok().cloned();
+        let kind = attach.as_ref().map(|a| a.kind).or(asked);
+        let mut problems = self.obstacles(&ProtectRequest { attach: kind, ..request.clone() });
+        let impossible = |e: Impossible| problem::impossible(&request.backing, e.kind, e.why);
+        problems.extend(choice.err().map(impossible));
+        Readiness { problems, attach }
+    }
+
+    /// Everything that stands in the way, except of the way of attaching.
+    fn obstacles(&self, request: &ProtectRequest) -> Vec<Problem> {
         let running = |v: Arc<Attached>| Running {
             name: v.info.name.clone(),
             backing: v.info.backing.clone(),
-            nbd_socket: v.info.nbd_socket.clone(),
+            nbd_socket: v.info.attachment.socket().map(PathBuf::from),
         };
         let running: Vec<Running> = self.all().into_iter().map(running).collect();
         let mut problems = preflight(&HostRoots::default(), request, &self.places(), &running);
@@ -171,9 +189,11 @@ impl Service {
         if self.stopping.load(Ordering::Acquire) {
             return Err(problem::stopping());
         }
-        if let Some(problem) = self.preflight(request).into_iter().next() {
+        let Readiness { problems, attach } = self.preflight(request);
+        if let Some(problem) = problems.into_iter().next() {
             return Err(problem);
         }
+        let kind = attach.map_or(AttachKind::Socket, |choice| choice.kind);
         let backing = open(&request.backing)?;
         let known = self.missing_named(&request.name);
         let config = &self.ground.config;
@@ -182,7 +202,7 @@ impl Service {
             volume: known.as_ref().map_or_else(VolumeId::random, |r| r.volume),
             name: request.name.clone(),
             backing: request.backing.clone(),
-            nbd_socket: self.places().nbd_socket(request),
+            front: self.front(kind, request, known.as_ref()),
             pool_bytes: request.pool_bytes.unwrap_or(config.pool_bytes),
             point_interval_ms: request.point_interval_ms,
             copy_rate: known.as_ref().map_or(config.copy_rate, |r| r.copy_rate),
@@ -202,6 +222,22 @@ impl Service {
         lock(&self.missing).retain(|m| m.record.volume != id);
         lock(&self.volumes).insert(info.name.clone(), attached);
         Ok(info)
+    }
+
+    /// Where a new volume will be found.
+    fn front(
+        &self,
+        kind: AttachKind,
+        request: &ProtectRequest,
+        known: Option<&VolumeRecord>,
+    ) -> Front {
+        match (kind, known.map(|record| &record.front)) {
+            (AttachKind::Ublk, Some(Front::Ublk { number })) => Front::Ublk { number: *number },
+            (AttachKind::Nbd, Some(Front::Nbd { number })) => Front::Nbd { number: *number },
+            (AttachKind::Ublk, _) => Front::Ublk { number: 0 },
+            (AttachKind::Nbd, _) => Front::Nbd { number: 0 },
+            (AttachKind::Socket, _) => Front::Socket { path: self.places().nbd_socket(request) },
+        }
     }
 
     fn unprotect(&self, name: &VolumeName, force: bool) -> Result<(), Problem> {

@@ -20,8 +20,8 @@ use crate::backing::Identity;
 use crate::core::Start;
 use crate::durable_fs;
 
-/// Version of all files here.
-const VERSION: u32 = 1;
+/// Version of the epoch file.
+const EPOCH_VERSION: u32 = 1;
 
 /// Whether the replica can be behind without anybody knowing where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +38,16 @@ pub(super) enum VolumeState {
     },
 }
 
+/// How guests reach a volume. The number of a kernel device is kept, so that it has the same name
+/// after every start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) enum Front {
+    Ublk { number: u32 },
+    Nbd { number: u32 },
+    Socket { path: PathBuf },
+}
+
 /// A protected volume on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,7 +56,7 @@ pub(super) struct VolumeRecord {
     pub(super) volume: VolumeId,
     pub(super) name: VolumeName,
     pub(super) backing: PathBuf,
-    pub(super) nbd_socket: PathBuf,
+    pub(super) front: Front,
     pub(super) pool_bytes: u64,
     pub(super) point_interval_ms: Option<u64>,
     /// Bytes a second; 0 is no limit.
@@ -59,7 +69,8 @@ pub(super) struct VolumeRecord {
 }
 
 impl VolumeRecord {
-    pub(super) const VERSION: u32 = VERSION;
+    /// 2: the way of attaching.
+    pub(super) const VERSION: u32 = 2;
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -94,7 +105,7 @@ impl StateDir {
         let failed = |e: io::Error| problem::state(&path, &e);
         let stored = match fs::read(&path) {
             Ok(bytes) => match serde_json::from_slice::<EpochFile>(&bytes) {
-                Ok(file) if file.version == VERSION => file.epoch,
+                Ok(file) if file.version == EPOCH_VERSION => file.epoch,
                 Ok(file) => {
                     return Err(failed(io::Error::other(format!("version {}", file.version))));
                 }
@@ -109,7 +120,7 @@ impl StateDir {
             Err(e) => return Err(failed(e)),
         };
         let epoch = records.iter().map(|r| r.epoch).fold(stored, Epoch::max).next();
-        let bytes = serde_json::to_vec(&EpochFile { version: VERSION, epoch })
+        let bytes = serde_json::to_vec(&EpochFile { version: EPOCH_VERSION, epoch })
             .map_err(|e| failed(e.into()))?;
         durable_fs::write(&path, &bytes, 0o600).map_err(failed)?;
         Ok(epoch)
@@ -155,7 +166,7 @@ fn read_record(path: &Path) -> Result<VolumeRecord, Problem> {
     let bytes = fs::read(path).map_err(|e| problem::damaged(path, e))?;
     let record: VolumeRecord =
         serde_json::from_slice(&bytes).map_err(|e| problem::damaged(path, e))?;
-    if record.version != VERSION {
+    if record.version != VolumeRecord::VERSION {
         return Err(problem::damaged(path, format!("version {} is unknown", record.version)));
     }
     let named = path.file_stem().and_then(|s| s.to_str()).map(str::to_owned);
@@ -200,11 +211,11 @@ mod tests {
 
     fn record(state: VolumeState) -> VolumeRecord {
         VolumeRecord {
-            version: VERSION,
+            version: VolumeRecord::VERSION,
             volume: VolumeId::random(),
             name: VolumeName::new("pgdata").unwrap(),
             backing: "/dev/vdb".into(),
-            nbd_socket: "/run/x.sock".into(),
+            front: Front::Ublk { number: 3 },
             pool_bytes: 8 << 20,
             point_interval_ms: None,
             copy_rate: 0,

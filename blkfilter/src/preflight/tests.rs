@@ -36,6 +36,7 @@ impl Host {
         ProtectRequest {
             name: name("pgdata"),
             backing: backing.to_owned(),
+            attach: Some(AttachKind::Socket),
             nbd_socket: Some("/tmp/s".into()),
             pool_bytes: None,
             point_interval_ms: None,
@@ -100,7 +101,7 @@ fn every_failed_prerequisite_is_named_not_just_the_first() {
     let other = Running {
         name: request.name.clone(),
         backing: "/dev/vdz".into(),
-        nbd_socket: "/run/z".into(),
+        nbd_socket: Some("/run/z".into()),
     };
     host.put("proc/swaps", &format!("Filename\n{} file 1 0 -2\n", image.display()));
     host.put("sys/block/loop3/dev", "7:3\n");
@@ -128,7 +129,7 @@ fn the_same_device_by_another_path_is_already_protected() {
     std::os::unix::fs::symlink(&image, &link).unwrap();
     let _held = Backing::open(&image, Mode::ReadWrite).unwrap();
     let running =
-        Running { name: name("other"), backing: image.clone(), nbd_socket: "/tmp/s".into() };
+        Running { name: name("other"), backing: image.clone(), nbd_socket: Some("/tmp/s".into()) };
     // The claim of that very volume is not reported as a stranger's.
     assert_eq!(host.check(&host.request(&link), std::slice::from_ref(&running)), [4028, 4021]);
     assert_eq!(host.check(&host.request(&link), &[]), [4016]);

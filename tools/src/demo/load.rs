@@ -46,11 +46,12 @@ pub struct Load {
 /// Runs the load and everything that happens during it.
 pub fn run(args: &DemoArgs, stage: &mut Stage, story: &Story) -> Result<Load, End> {
     let volume = stage.volume()?;
-    let fio = if args.no_fio { None } else { Fio::start(args, stage, &volume.info.nbd_socket) };
+    let socket = Stage::socket(&volume)?;
+    let fio = if args.no_fio { None } else { Fio::start(args, stage, &socket) };
     let kinds = if fio.is_some() { "the ledger writer and fio" } else { "the ledger writer" };
     story.chapter(&format!("{} seconds of work on the disk, by {kinds}", args.seconds));
     let workload = Workload {
-        socket: volume.info.nbd_socket,
+        socket,
         export: volume.info.name.to_string(),
         writers: 4,
         depth: 4,

@@ -252,8 +252,8 @@ impl Stage {
         let disk = self.disk.display().to_string();
         self.command(
             story,
-            "protect disk.img --name demo --policy 1s",
-            &["protect", &disk, "--name", "demo", "--policy", "1s"],
+            "protect disk.img --name demo --policy 1s --attach socket",
+            &["protect", &disk, "--name", "demo", "--policy", "1s", "--attach", "socket"],
         )?;
         let name = self.name.clone();
         self.until("the first point", |paths| {
@@ -273,6 +273,12 @@ impl Stage {
         let volumes = rpc::filterd(&self.paths)?.list()?;
         let volume = volumes.into_iter().find(|v| v.info.name == self.name);
         volume.ok_or_else(|| cannot("filterd does not know the volume", "it was protected before"))
+    }
+
+    /// The socket of the volume.
+    pub fn socket(volume: &VolumeStatus) -> Result<PathBuf, End> {
+        let socket = volume.info.attachment.socket().map(PathBuf::from);
+        socket.ok_or_else(|| cannot("the volume has no socket", "it was attached as a device"))
     }
 
     /// Ends every process, gently first.

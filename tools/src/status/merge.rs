@@ -60,7 +60,9 @@ pub struct Row {
     pub journal_bytes: Option<u64>,
     /// Views open at the target.
     pub views: Option<u32>,
-    /// Source: where clients connect.
+    /// Source: the block device to use, when there is one.
+    pub device: Option<PathBuf>,
+    /// Source: where clients connect, when there is no block device.
     pub nbd_socket: Option<PathBuf>,
     /// Source: the protected device.
     pub backing: Option<PathBuf>,
@@ -148,6 +150,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         size: r.size.get(),
         journal_bytes: Some(r.journal_bytes),
         views: Some(r.views),
+        device: None,
         nbd_socket: None,
         backing: None,
         writes: None,
@@ -197,7 +200,8 @@ fn of_source(
         size: v.info.size.get(),
         journal_bytes: None,
         views: None,
-        nbd_socket: Some(v.info.nbd_socket.clone()),
+        device: v.info.link.clone().or_else(|| v.info.attachment.device().map(PathBuf::from)),
+        nbd_socket: v.info.attachment.socket().map(PathBuf::from),
         backing: Some(v.info.backing.clone()),
         writes: Some(v.writes),
     }
@@ -208,6 +212,7 @@ fn both(target: Row, source: Row) -> Row {
     Row {
         lag_bytes: source.lag_bytes,
         copy_rate: source.copy_rate,
+        device: source.device,
         nbd_socket: source.nbd_socket,
         backing: source.backing,
         writes: source.writes,
@@ -227,7 +232,7 @@ mod tests {
         let row = report.volumes.iter().find(|r| r.volume.as_str() == "pgdata").unwrap();
         assert_eq!(row.points, 288, "points are the target's word");
         assert_eq!(row.lag_bytes, 2_202_010, "the lag is the source's");
-        assert!(row.nbd_socket.is_some() && row.journal_bytes.is_some());
+        assert!(row.device.is_some() && row.journal_bytes.is_some());
     }
 
     #[test]

@@ -134,7 +134,9 @@ fn problems(problems: &[Trouble]) -> String {
 #[cfg(test)]
 pub mod tests_data {
     //! Three volumes: well, slow, and being copied.
-    use farshore_blkfilter::control::{BackendKind, CopyProgress, VolumeInfo, VolumeStatus};
+    use farshore_blkfilter::control::{
+        Attachment, BackendKind, CopyProgress, VolumeInfo, VolumeStatus,
+    };
     use farshore_extent::{
         BlockSizes, CaptureOrder, Epoch, Lsn, PairState, Problem, Seq, VolumeId, VolumeName,
         VolumeSize, WallTime,
@@ -226,7 +228,8 @@ pub mod tests_data {
                 backend: BackendKind::Block,
                 size: pgdata.size,
                 blocks: BlockSizes::new(512, 4096).unwrap(),
-                nbd_socket: "/run/farshore/nbd/pgdata.sock".into(),
+                attachment: Attachment::Ublk { number: 0, device: "/dev/ublkb0".into() },
+                link: Some("/dev/farshore/pgdata".into()),
                 epoch: Epoch::new(3),
                 point_interval_ms: Some(30_000),
             },

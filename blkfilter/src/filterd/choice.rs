@@ -1,0 +1,85 @@
+//! Which way guests reach a volume: the best one this host has, or the one asked for.
+//!
+//! A ublk device is the fastest and survives a restart of the daemon; a device of the kernel's NBD
+//! client survives it too; a plain socket needs nothing of the kernel.
+
+use crate::control::{AttachChoice, AttachKind};
+
+/// What this host has: for each way through the kernel, `Err` says what is missing and how to get
+/// it.
+#[derive(Debug, Clone)]
+pub(super) struct Ways {
+    pub(super) ublk: Result<(), String>,
+    pub(super) nbd: Result<(), String>,
+}
+
+/// The way asked for is not possible here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Impossible {
+    pub(super) kind: AttachKind,
+    pub(super) why: String,
+}
+
+impl Ways {
+    /// Asks the kernel.
+    pub(super) fn of_this_host() -> Self {
+        let none = || Err("this build has no such front end".to_owned());
+        Self { ublk: none(), nbd: none() }
+    }
+
+    /// `wish`: the way asked for, none for the best.
+    pub(super) fn choose(&self, wish: Option<AttachKind>) -> Result<AttachChoice, Impossible> {
+        let Some(kind) = wish else { return Ok(self.best()) };
+        let possible = match kind {
+            AttachKind::Ublk => &self.ublk,
+            AttachKind::Nbd => &self.nbd,
+            AttachKind::Socket => &Ok(()),
+        };
+        match possible {
+            Ok(()) => Ok(AttachChoice { kind, why: "as asked for".to_owned() }),
+            Err(why) => Err(Impossible { kind, why: why.clone() }),
+        }
+    }
+
+    fn best(&self) -> AttachChoice {
+        let (kind, why) = match (&self.ublk, &self.nbd) {
+            (Ok(()), _) => (AttachKind::Ublk, "the kernel has it".to_owned()),
+            (Err(ublk), Ok(())) => (AttachKind::Nbd, format!("there is no ublk: {ublk}")),
+            (Err(ublk), Err(nbd)) => {
+                (AttachKind::Socket, format!("there is no ublk: {ublk}; and no kernel NBD: {nbd}"))
+            }
+        };
+        AttachChoice { kind, why }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ways(ublk: Result<(), &str>, nbd: Result<(), &str>) -> Ways {
+        Ways { ublk: ublk.map_err(str::to_owned), nbd: nbd.map_err(str::to_owned) }
+    }
+
+    #[test]
+    fn without_a_wish_the_best_way_is_taken_and_the_reason_names_what_a_better_one_lacks() {
+        let chosen = |ublk, nbd| ways(ublk, nbd).choose(None).unwrap();
+        assert_eq!(chosen(Ok(()), Err("x")).kind, AttachKind::Ublk);
+        let second = chosen(Err("modprobe ublk_drv"), Ok(()));
+        assert_eq!(second.kind, AttachKind::Nbd);
+        assert!(second.why.contains("modprobe ublk_drv"));
+        let last = chosen(Err("modprobe ublk_drv"), Err("modprobe nbd"));
+        assert_eq!(last.kind, AttachKind::Socket);
+        assert!(last.why.contains("ublk_drv") && last.why.contains("modprobe nbd"));
+    }
+
+    #[test]
+    fn a_wish_is_granted_or_refused_with_what_is_missing_and_never_replaced() {
+        let ways = ways(Err("no module"), Ok(()));
+        let refused = ways.choose(Some(AttachKind::Ublk)).unwrap_err();
+        assert_eq!((refused.kind, refused.why.as_str()), (AttachKind::Ublk, "no module"));
+        for kind in [AttachKind::Nbd, AttachKind::Socket] {
+            assert_eq!(ways.choose(Some(kind)).unwrap().kind, kind);
+        }
+    }
+}

@@ -4,3 +4,4 @@
 pub mod kernel_nbd;
 pub mod memory;
 pub mod nbd;
+pub mod ublk;

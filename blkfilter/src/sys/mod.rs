@@ -12,6 +12,7 @@ pub mod pool;
 pub mod pool_reader;
 pub mod process;
 pub mod ring;
+pub mod ublk;
 pub mod wake;
 
 /// Alignment of every buffer in bytes: enough for direct I/O on any device we accept.

@@ -1,0 +1,16 @@
+//! Every test of this program. A new group is a module here and a line in each list it belongs to.
+
+mod cable;
+mod kernel;
+mod power;
+
+use crate::{Case, Group, Scenario};
+
+/// One boot each.
+pub const GROUPS: &[Group] = &[kernel::GROUP, kernel::NEWEST_GROUP];
+
+/// Several boots or machines each.
+pub const SCENARIOS: &[Scenario] = &[cable::SCENARIO, power::SCENARIO];
+
+/// Steps that scenarios have the machines do: module and functions.
+pub const STEPS: &[(&str, &[Case])] = &[("cable", cable::STEPS), ("power", power::STEPS)];

@@ -143,12 +143,20 @@ impl Identity {
     /// # Errors
     /// FS-5204 when the certificate cannot be read.
     pub fn renew_after(&self) -> Result<i64, Problem> {
+        let (from, to) = self.validity()?;
+        Ok(to - (to - from) / 3)
+    }
+
+    /// First and last second of the certificate, since 1970.
+    ///
+    /// # Errors
+    /// FS-5204 when the certificate cannot be read.
+    pub fn validity(&self) -> Result<(i64, i64), Problem> {
         let bad = |why: &dyn std::fmt::Display| problem::identity(Path::new("identity.json"), why);
         let der = decode(&self.certificate).map_err(|e| bad(&e))?;
         let (_, parsed) = x509_parser::parse_x509_certificate(&der).map_err(|e| bad(&e))?;
-        let (from, to) =
-            (parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp());
-        Ok(to - (to - from) / 3)
+        let validity = parsed.validity();
+        Ok((validity.not_before.timestamp(), validity.not_after.timestamp()))
     }
 
     /// TLS 1.3, both sides authenticated: this host by its certificate, the target by a chain to

@@ -22,10 +22,12 @@ pub mod link;
 pub mod memory;
 pub mod points;
 mod problem;
+mod reach;
 mod report;
 mod run;
 pub mod session;
 pub mod status;
 
 pub use enroll::{EnrollOptions, Enrolled, enroll};
+pub use reach::{Reached, reach};
 pub use run::run;

@@ -212,6 +212,38 @@ impl Authority {
     }
 }
 
+/// Private keys in the directory of an authority.
+#[must_use]
+pub fn key_files(dir: &Path) -> [PathBuf; 2] {
+    let files = Files::of(dir);
+    [files.ca_key, files.server_key]
+}
+
+/// First and last second, since 1970, of the certificates of an authority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Validity {
+    /// Of the CA.
+    pub ca: (i64, i64),
+    /// Of the server; made anew at a start of the daemon in the last year.
+    pub server: (i64, i64),
+}
+
+/// How long the certificates of the authority in `dir` are valid.
+///
+/// # Errors
+/// FS-6505 when one cannot be read.
+pub fn validity(dir: &Path) -> Result<Validity, Problem> {
+    let files = Files::of(dir);
+    let of = |file: &Path| -> Result<(i64, i64), Problem> {
+        let certificate = read_certificate(file)?;
+        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate)
+            .map_err(|e| problem::certificate(file, &e))?;
+        let validity = parsed.validity();
+        Ok((validity.not_before.timestamp(), validity.not_after.timestamp()))
+    };
+    Ok(Validity { ca: of(&files.ca)?, server: of(&files.server)? })
+}
+
 /// The host that a verified client certificate names.
 #[must_use]
 pub fn host_of(certificate: &CertificateDer<'_>) -> Option<HostId> {

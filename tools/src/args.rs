@@ -11,7 +11,9 @@ use farshore_protocol::paths::Paths;
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
-use crate::{check, demo, explain, failover, hosts, journal, points, protect, roles, status};
+use crate::{
+    check, demo, doctor, explain, failover, hosts, journal, points, protect, roles, status,
+};
 
 /// Continuous disaster recovery of block devices: every second of the past as a disk.
 #[derive(Debug, Parser)]
@@ -84,6 +86,8 @@ pub enum Command {
     Failover(failover::FailoverCommand),
     /// Monitoring plug-in: 0 ok, 1 warning, 2 critical, 3 unknown
     Check(check::CheckArgs),
+    /// Every prerequisite of this host's roles, each with the command that mends it
+    Doctor(doctor::DoctorArgs),
     /// What an error code means and what to do
     Explain {
         /// Such as FS-4012; without one, every code
@@ -152,6 +156,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Point(command) => points::run(command, global, out),
         Command::Failover(command) => failover::run(command, global, out),
         Command::Check(args) => check::run(args, global, out),
+        Command::Doctor(args) => doctor::run(args, global, out),
         Command::Explain { code } => explain::run(code.as_deref(), out),
         Command::Event(command) => hosts::events(command, global, out),
         Command::Host(command) => hosts::hosts(command, global, out),
@@ -223,6 +228,8 @@ mod tests {
             "host list",
             "event list --limit 3",
             "check --rpo 30s",
+            "doctor",
+            "doctor --source --json",
             "explain FS-4012",
             "completion bash",
             "config check",

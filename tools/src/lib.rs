@@ -15,6 +15,7 @@ mod ask;
 mod check;
 mod choose;
 mod demo;
+mod doctor;
 mod exit;
 mod explain;
 mod failover;

@@ -8,6 +8,7 @@ use farshore_agent::EnrollOptions;
 use farshore_agent::config::Config as AgentConfig;
 use farshore_blkfilter::filterd::Shutdown;
 use farshore_extent::{Problem, VolumeName};
+use farshore_protocol::paths::Paths;
 use farshore_protocol::token::{Token, TokenError};
 use farshore_target::config::Config as TargetConfig;
 use farshore_target::{InitOptions, init};
@@ -148,7 +149,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
     tokio::runtime::Runtime::new().map_err(|e| no_resources(&e))
 }
 
-fn no_resources(error: &std::io::Error) -> Problem {
+/// The system gives no threads or descriptors.
+pub fn no_resources(error: &std::io::Error) -> Problem {
     Problem::harmless(
         2901,
         "cannot start: the system gives no threads or descriptors",
@@ -231,15 +233,21 @@ pub fn agent(global: &Global) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
+/// The configuration files that this host can have, each with what is wrong in it. One that does
+/// not exist may be wrong, too.
+pub fn configurations(paths: &Paths) -> [(PathBuf, Option<Problem>); 3] {
+    [
+        (filterd_file::path(paths), filterd_file::load(paths).err()),
+        (TargetConfig::file(paths), TargetConfig::load(paths).err()),
+        (AgentConfig::file(paths), AgentConfig::load(paths).err()),
+    ]
+}
+
 /// `farshore config …`
 pub fn config(command: &ConfigCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let ConfigCommand::Check = command;
     let paths = global.paths();
-    let checks: [(PathBuf, Option<Problem>); 3] = [
-        (filterd_file::path(&paths), filterd_file::load(&paths).err()),
-        (TargetConfig::file(&paths), TargetConfig::load(&paths).err()),
-        (AgentConfig::file(&paths), AgentConfig::load(&paths).err()),
-    ];
+    let checks = configurations(&paths);
     let mut problems = Vec::new();
     let mut none = true;
     for (file, problem) in checks.into_iter().filter(|(file, _)| file.exists()) {

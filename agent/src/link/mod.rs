@@ -112,6 +112,22 @@ impl Link {
         }
     }
 
+    /// Whether the target takes this host's certificate: in TLS 1.3 the refusal comes after the
+    /// handshake, so one that says nothing for `patience` is taken for content.
+    ///
+    /// # Errors
+    /// FS-5102, FS-5104.
+    pub async fn accepted(&mut self, patience: Duration) -> Result<(), LinkFailure> {
+        let address = &self.config.address;
+        let mut first = [0];
+        match timeout(patience, self.stream.read(&mut first)).await {
+            Err(_) => Ok(()),
+            Ok(Ok(0)) => Err(retry(problem::lost(address, &"it closed the connection"))),
+            Ok(Ok(_)) => Err(retry(problem::violation(address, &"it spoke first"))),
+            Ok(Err(e)) => Err(classify(address, &e, problem::lost)),
+        }
+    }
+
     /// The certificates the target showed, DER.
     #[must_use]
     pub fn peer_certificates(&self) -> Vec<Vec<u8>> {

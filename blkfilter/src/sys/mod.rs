@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod aligned;
+pub mod clock;
 pub mod fdpass;
 pub mod info;
 pub mod pool;

@@ -388,8 +388,8 @@ fn event(tag: u16, result: i32) -> Event {
 
 impl Drop for QueueRing {
     fn drop(&mut self) {
-        // The kernel takes a ring apart in the background; the device should be free before.
-        let _ = self.ring.submitter().unregister_files();
+        // The kernel takes the ring apart in the background, and only then lets go of the device.
+        // Unregistering its file here would wait for ever for the tags that are away.
         // While a tag is away the driver may still copy a payload to its buffer: it does so on this
         // very thread, at any later system call.
         if self.away > 0

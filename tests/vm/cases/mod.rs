@@ -3,6 +3,7 @@
 mod cable;
 mod kernel;
 mod power;
+mod selftest;
 
 use crate::{Case, Group, Scenario};
 
@@ -10,7 +11,8 @@ use crate::{Case, Group, Scenario};
 pub const GROUPS: &[Group] = &[kernel::GROUP, kernel::NEWEST_GROUP];
 
 /// Several boots or machines each.
-pub const SCENARIOS: &[Scenario] = &[cable::SCENARIO, power::SCENARIO];
+pub const SCENARIOS: &[Scenario] = &[cable::SCENARIO, power::SCENARIO, selftest::SCENARIO];
 
 /// Steps that scenarios have the machines do: module and functions.
-pub const STEPS: &[(&str, &[Case])] = &[("cable", cable::STEPS), ("power", power::STEPS)];
+pub const STEPS: &[(&str, &[Case])] =
+    &[("cable", cable::STEPS), ("power", power::STEPS), ("selftest", selftest::STEPS)];

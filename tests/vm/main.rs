@@ -10,6 +10,7 @@ mod guest;
 mod image;
 mod machine;
 mod runner;
+mod volume;
 
 use std::time::Duration;
 

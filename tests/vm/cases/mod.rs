@@ -1,14 +1,16 @@
 //! Every test of this program. A new group is a module here and a line in each list it belongs to.
 
 mod cable;
+mod files;
 mod kernel;
 mod power;
 mod selftest;
+mod verify;
 
 use crate::{Case, Group, Scenario};
 
 /// One boot each.
-pub const GROUPS: &[Group] = &[kernel::GROUP, kernel::NEWEST_GROUP];
+pub const GROUPS: &[Group] = &[kernel::GROUP, kernel::NEWEST_GROUP, verify::GROUP, files::GROUP];
 
 /// Several boots or machines each.
 pub const SCENARIOS: &[Scenario] = &[cable::SCENARIO, power::SCENARIO, selftest::SCENARIO];

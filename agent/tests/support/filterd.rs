@@ -186,6 +186,7 @@ impl FakeFilterd {
                     None => Err(gone()),
                 }
             }
+            Request::Spooled { .. } => panic!("this agent has no spool"),
             Request::Release { volume, upto } => self.with(|s| {
                 let v = s.volumes.get_mut(&volume).ok_or_else(gone)?;
                 if upto.epoch == v.info.epoch {
@@ -241,6 +242,7 @@ impl State {
             copy: CopyProgress::default(),
             captured: v.records.last().map_or(Lsn::ZERO, |r| Lsn::new(self.epoch, r.seq)),
             released: v.released,
+            durable: v.released,
             oldest_unreleased: WallTime::default(),
             pool_used: 0,
             pool_bytes: 0,

@@ -182,6 +182,14 @@ impl Client {
         self.done(&Request::Release { volume, upto }, CALL)
     }
 
+    /// Everything up to `upto` is durable in the agent's spool, and not at the target.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn spooled(&mut self, volume: VolumeId, upto: Lsn) -> Result<(), Problem> {
+        self.done(&Request::Spooled { volume, upto }, CALL)
+    }
+
     /// Everything is to be sent again through the stream.
     ///
     /// # Errors

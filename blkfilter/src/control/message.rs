@@ -62,6 +62,14 @@ pub enum Request {
         /// Longest wait without any record, in milliseconds.
         idle_ms: u32,
     },
+    /// Agent: everything up to here is durable in the agent's spool, on this host: the pool may
+    /// reuse it. The target does not have it.
+    Spooled {
+        /// Which volume.
+        volume: VolumeId,
+        /// Last place in the spool.
+        upto: Lsn,
+    },
     /// Agent: everything up to here is durable at the target; the pool may reuse it.
     Release {
         /// Which volume.
@@ -284,9 +292,11 @@ pub struct VolumeStatus {
     pub copy: CopyProgress,
     /// Last place with a record.
     pub captured: Lsn,
-    /// Last place released by the agent (durable at the target).
+    /// Last place the pool no longer holds: in the agent's spool, or durable at the target.
     pub released: Lsn,
-    /// Capture time of the oldest record not released; zero when there is none.
+    /// Last place durable at the target; at most `released`.
+    pub durable: Lsn,
+    /// Capture time of the oldest record in the pool; zero when there is none.
     pub oldest_unreleased: WallTime,
     /// Payload in the pool, in bytes.
     pub pool_used: u64,

@@ -347,6 +347,26 @@ impl CaptureCore {
         if self.gate.release(marker, out) { HoldEnd::Held } else { HoldEnd::Broken }
     }
 
+    /// Everything up to `upto` is durable in the agent's spool: forgets the records and frees
+    /// their room. What the target has does not change.
+    ///
+    /// # Errors
+    /// [`Refused::AheadOfCaptured`], [`Refused::NoSuchVolume`].
+    pub fn spooled(
+        &mut self,
+        now: Now,
+        volume: VolumeKey,
+        upto: Lsn,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Refused> {
+        self.with_volume(now, volume, out, |v, cx| {
+            v.log.spooled(upto, &mut v.ring)?;
+            v.want_copy(cx);
+            Ok(())
+        })
+        .unwrap_or(Err(Refused::NoSuchVolume))
+    }
+
     /// Everything up to `upto` is durable at the target: forgets the records, frees their room.
     ///
     /// # Errors

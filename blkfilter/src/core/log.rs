@@ -17,12 +17,13 @@ struct Retained {
     payload_end: u64,
 }
 
-/// Retained records in the order of their numbers, and the two watermarks.
+/// Retained records in the order of their numbers, and the three watermarks.
 #[derive(Debug)]
 pub(super) struct Log {
     records: VecDeque<Retained>,
     captured: Lsn,
     released: Lsn,
+    durable: Lsn,
     payload_end: u64,
     released_payload: u64,
     last_urgent: Seq,
@@ -37,6 +38,7 @@ impl Log {
             records: VecDeque::new(),
             captured: released,
             released,
+            durable: released,
             payload_end: 0,
             released_payload: 0,
             last_urgent: Seq::ZERO,
@@ -73,9 +75,14 @@ impl Log {
         self.captured
     }
 
-    /// Everything up to here is durable at the target, says the agent.
+    /// Everything up to here is no longer retained: in the agent's spool or durable at the target.
     pub(super) const fn released(&self) -> Lsn {
         self.released
+    }
+
+    /// Everything up to here is durable at the target, says the agent. Never after `released`.
+    pub(super) const fn durable(&self) -> Lsn {
+        self.durable
     }
 
     pub(super) fn oldest(&self) -> WallTime {
@@ -137,8 +144,18 @@ impl Log {
         Ok((self.records.len() - from, self.payload_end - before, urgent))
     }
 
-    /// Forgets the records up to `upto` and gives their room back.
+    /// Everything up to `upto` is durable at the target: forgets the records, gives their room
+    /// back.
     pub(super) fn release(&mut self, upto: Lsn, ring: &mut PoolRing) -> Result<(), Refused> {
+        self.spooled(upto, ring)?;
+        if upto.epoch == self.captured.epoch {
+            self.durable = upto.max(self.durable);
+        }
+        Ok(())
+    }
+
+    /// Somebody else keeps the records up to `upto`: forgets them and gives their room back.
+    pub(super) fn spooled(&mut self, upto: Lsn, ring: &mut PoolRing) -> Result<(), Refused> {
         SourceWatermarks::new(self.captured, upto, upto)
             .map_err(|_| Refused::AheadOfCaptured { asked: upto, captured: self.captured })?;
         if upto.epoch == self.captured.epoch && upto > self.released {

@@ -37,8 +37,10 @@ pub struct CoreStatus {
     pub catch_up_total: u64,
     /// Everything up to here has a number and is retained or released.
     pub captured: Lsn,
-    /// Everything up to here was released by the agent.
+    /// Everything up to here is no longer retained: in the agent's spool or durable at the target.
     pub released: Lsn,
+    /// Everything up to here is durable at the target.
+    pub durable: Lsn,
     /// Capture time of the oldest retained record; zero when there is none.
     pub oldest: WallTime,
     /// Retained records.
@@ -112,11 +114,11 @@ impl CaptureCore {
         Ok(Waiting { records, payload, urgent })
     }
 
-    /// The volume's watermarks; what was handed to a reader counts as sent only when released.
+    /// The volume's watermarks; what was handed to a reader counts as sent when it is released.
     #[must_use]
     pub fn watermarks(&self, volume: VolumeKey) -> Option<SourceWatermarks> {
         let log = &self.volume(volume)?.log;
-        SourceWatermarks::new(log.captured(), log.released(), log.released()).ok()
+        SourceWatermarks::new(log.captured(), log.released(), log.durable()).ok()
     }
 
     /// The chunk that the copy loop would take next: ask whether it begins a hole.
@@ -152,6 +154,7 @@ impl CaptureCore {
             catch_up_total: v.catch_up_total,
             captured: v.log.captured(),
             released: v.log.released(),
+            durable: v.log.durable(),
             oldest: v.log.oldest(),
             records: v.log.len(),
             payload: v.log.payload(),

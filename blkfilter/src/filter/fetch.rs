@@ -148,7 +148,7 @@ impl Host {
         }
     }
 
-    /// Waits until everything captured so far is released. False when the time passed before, or
+    /// Waits until everything captured so far is durable at the target. False when the time passed before, or
     /// when the daemon stops.
     ///
     /// # Errors
@@ -161,7 +161,7 @@ impl Host {
             let key = shared.core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
             let status = shared.core.status(key).ok_or(Refused::NoSuchVolume)?;
             let goal = *goal.get_or_insert(status.captured);
-            if status.released >= goal {
+            if status.durable >= goal {
                 return Ok(true);
             }
             if shared.stopping || Instant::now() >= deadline {

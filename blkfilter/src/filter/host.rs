@@ -229,6 +229,17 @@ impl Host {
         Ok(())
     }
 
+    /// Everything up to `upto` is durable in the agent's spool.
+    ///
+    /// # Errors
+    /// As [`CaptureCore::spooled`].
+    pub fn spooled(&self, volume: VolumeId, upto: Lsn) -> Result<(), Refused> {
+        self.command(|core, now, out| {
+            let key = core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
+            core.spooled(now, key, upto, out)
+        })
+    }
+
     /// Sends everything again through the stream.
     ///
     /// # Errors

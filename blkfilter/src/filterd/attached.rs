@@ -154,6 +154,7 @@ impl Attached {
             },
             captured: core.captured,
             released: core.released,
+            durable: core.durable,
             oldest_unreleased: core.oldest,
             pool_used: core.pool_used,
             pool_bytes: core.pool_bytes,
@@ -193,7 +194,7 @@ impl Attached {
         let Some(core) = self.ground.host.status(self.id()) else { return Ok(false) };
         let ended = !self.client_left.load(Ordering::Acquire);
         let quiet = ended && core.in_flight == 0 && core.order == CaptureOrder::Ordered;
-        if !quiet || core.captured != core.released {
+        if !quiet || core.captured != core.durable {
             return Ok(false);
         }
         let backing = self.device.backing();

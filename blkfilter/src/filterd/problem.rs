@@ -134,12 +134,14 @@ pub(super) fn refused(refused: &Refused) -> Problem {
         Refused::AlreadyReleased { asked, released } => Problem::harmless(
             RECORDS_GONE.0,
             format!("the records after {asked} are no longer held"),
-            format!("they were released up to {released}, as durable at the target"),
+            format!(
+                "the agent released them up to {released}, as durable in its spool or at the target"
+            ),
             "the agent asks for a new copy; no one has to do anything",
         )
         .with_risk(
-            "the target has lost acknowledged data or is another one; points stop until \
-             the new copy is complete",
+            "the target has lost acknowledged data or is another one, or the agent has lost \
+             its spool; points stop until the new copy is complete",
         ),
         Refused::AheadOfCaptured { asked, captured } => Problem::harmless(
             AHEAD_OF_LOG.0,

@@ -374,6 +374,10 @@ impl Serve for Service {
                 let wait = FetchWait { want_bytes: want_bytes.into(), wait, idle };
                 Reply::Fetched(host.fetch(volume, after, &wait).map_err(refused)?)
             }
+            Request::Spooled { volume, upto } => {
+                host.spooled(volume, upto).map_err(refused)?;
+                Reply::Done
+            }
             Request::Release { volume, upto } => {
                 host.release(volume, upto).map_err(refused)?;
                 Reply::Done

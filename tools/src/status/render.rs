@@ -238,6 +238,7 @@ pub mod tests_data {
             copy: CopyProgress::default(),
             captured: pgdata.journaled,
             released: pgdata.journaled,
+            durable: pgdata.journaled,
             oldest_unreleased: back(1),
             pool_used: 2_202_010,
             pool_bytes: 64 << 20,

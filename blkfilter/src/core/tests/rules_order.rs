@@ -241,6 +241,25 @@ fn a_reader_goes_on_from_any_place_that_is_still_retained() {
 }
 
 #[test]
+fn what_the_agent_has_spooled_leaves_the_pool_and_is_not_durable_at_the_target() {
+    let (mut rig, v) = Rig::ordered(16, 32);
+    rig.release(v);
+    let before = rig.status(v).durable;
+    let write = rig.write(v, sectors(0, 4));
+    rig.finish(write);
+    let last = rig.core.last();
+    rig.command(|core, now, out| core.spooled(now, v, last, out)).unwrap();
+    let status = rig.status(v);
+    assert_eq!((status.pool_used, status.records), (0, 0));
+    assert_eq!((status.captured, status.released, status.durable), (last, last, before));
+    rig.command(|core, now, out| core.release(now, v, last, out)).unwrap();
+    assert_eq!(rig.status(v).durable, last);
+    let ahead = Lsn::new(last.epoch, last.seq.next());
+    let refused = rig.command(|core, now, out| core.spooled(now, v, ahead, out));
+    assert!(matches!(refused, Err(Refused::AheadOfCaptured { .. })));
+}
+
+#[test]
 fn a_recopy_drops_what_is_retained_and_lets_the_reader_go_on_from_anywhere() {
     let (mut rig, v) = Rig::ordered(16, 32);
     for i in 0..4 {

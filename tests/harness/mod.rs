@@ -121,7 +121,9 @@ impl Drop for Daemon {
 
 /// All roles on this machine below one folder.
 pub struct Site {
-    dir: tempfile::TempDir,
+    root: PathBuf,
+    /// Goes away with the site; none for a folder that stays.
+    _temporary: Option<tempfile::TempDir>,
     pub paths: Paths,
     pub port: u16,
     /// Runs every program behind this prefix, such as `ip netns exec NAME`.
@@ -133,8 +135,15 @@ impl Site {
     pub fn new() -> Self {
         // Short names: unix socket paths have at most 107 bytes.
         let dir = tempfile::Builder::new().prefix("fs").tempdir().expect("temporary folder");
-        let paths = Paths::under(dir.path());
-        Self { dir, paths, port: free_port(), prefix: Vec::new() }
+        let path = dir.path().to_owned();
+        Self { _temporary: Some(dir), ..Self::at(&path) }
+    }
+
+    /// A folder that stays, with whatever is in it: what is left of a host that lost its power.
+    pub fn at(root: &Path) -> Self {
+        std::fs::create_dir_all(root).expect("folder of the site");
+        let paths = Paths::under(root);
+        Self { root: root.into(), _temporary: None, paths, port: free_port(), prefix: Vec::new() }
     }
 
     /// The same in a network namespace.
@@ -144,7 +153,7 @@ impl Site {
     }
 
     pub fn root(&self) -> &Path {
-        self.dir.path()
+        &self.root
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -225,6 +234,12 @@ impl Site {
         let filterd = self.start_filterd();
         let agent = self.start_agent();
         Daemons { target, filterd, agent }
+    }
+
+    /// All daemons of a site that was set up before.
+    pub fn start_again(&self) -> Daemons {
+        let target = self.start_target();
+        Daemons { target, filterd: self.start_filterd(), agent: self.start_agent() }
     }
 
     /// What every daemon has logged.

@@ -140,7 +140,8 @@ impl Disk {
     }
 }
 
-/// The file system at /vm/scratch: where the daemons of a case keep their files.
+/// The file system at /vm/scratch: where the daemons of a case keep their files. Every machine has it;
+/// one whose disks include `SCRATCH.volatile()` has that.
 pub const SCRATCH: Disk = Disk::new("scratch", 6144);
 
 /// The image of a disk in `dir`, made when it is not there yet: content outlives the machine.

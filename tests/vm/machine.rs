@@ -93,8 +93,10 @@ impl Machine {
         let sockets =
             tempfile::Builder::new().prefix("fsvm").tempdir().map_err(|e| e.to_string())?;
         let mut caches = Vec::new();
-        for disk in [&SCRATCH].into_iter().chain(spec.disks) {
-            caches.extend(attach(&mut qemu, dir, sockets.path(), disk));
+        let own_scratch = spec.disks.iter().any(|d| d.name == SCRATCH.name);
+        let scratch = [SCRATCH].into_iter().filter(|_| !own_scratch);
+        for disk in scratch.chain(spec.disks.iter().copied()) {
+            caches.extend(attach(&mut qemu, dir, sockets.path(), &disk));
         }
         if let Some((ends, side, _)) = spec.cable {
             let [own, other] = [side, 1 - side].map(|s| ends.join(format!("net{s}")));

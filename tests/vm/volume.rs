@@ -48,6 +48,12 @@ impl<'a> Volume<'a> {
         let mut args = vec!["protect", path, "--name", disk, "--policy", policy, "--yes"];
         args.extend(["--attach", attach]);
         site.cli(&args);
+        Self::again(site, way, disk)
+    }
+
+    /// One that is protected already.
+    pub fn again(site: &'a Site, way: Way, disk: &str) -> Self {
+        let backing = guest::disk(disk);
         let client =
             (way == Way::Socket).then(|| Attached::new(&site.nbd_uri(disk), &block_size(&backing)));
         let device = match &client {

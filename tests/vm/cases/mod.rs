@@ -2,6 +2,7 @@
 
 mod cable;
 mod files;
+mod host_cut;
 mod kernel;
 mod power;
 mod selftest;
@@ -13,8 +14,13 @@ use crate::{Case, Group, Scenario};
 pub const GROUPS: &[Group] = &[kernel::GROUP, kernel::NEWEST_GROUP, verify::GROUP, files::GROUP];
 
 /// Several boots or machines each.
-pub const SCENARIOS: &[Scenario] = &[cable::SCENARIO, power::SCENARIO, selftest::SCENARIO];
+pub const SCENARIOS: &[Scenario] =
+    &[cable::SCENARIO, host_cut::SCENARIO, power::SCENARIO, selftest::SCENARIO];
 
 /// Steps that scenarios have the machines do: module and functions.
-pub const STEPS: &[(&str, &[Case])] =
-    &[("cable", cable::STEPS), ("power", power::STEPS), ("selftest", selftest::STEPS)];
+pub const STEPS: &[(&str, &[Case])] = &[
+    ("cable", cable::STEPS),
+    ("host_cut", host_cut::STEPS),
+    ("power", power::STEPS),
+    ("selftest", selftest::STEPS),
+];

@@ -3,7 +3,9 @@
 //! Looks and never changes anything; what it opens it closes again. A clean answer is no promise:
 //! [`crate::backing::Backing::open`] claims the device and checks once more.
 
+mod hints;
 mod host;
+mod lineage;
 pub(crate) mod problem;
 
 use std::collections::BTreeSet;
@@ -18,6 +20,7 @@ use farshore_extent::{Problem, VolumeName};
 use crate::backing::{self, Backing, Mode};
 use crate::control::{AttachKind, ProtectRequest};
 use crate::sys::info;
+pub use hints::{fstab_hints, hints};
 pub use host::HostRoots;
 
 /// Longest path of a unix socket in bytes.
@@ -52,6 +55,8 @@ pub struct Running {
     pub backing: PathBuf,
     /// Where it is served; none for a block device.
     pub nbd_socket: Option<PathBuf>,
+    /// The block device that it is served as; none for a socket.
+    pub device: Option<PathBuf>,
 }
 
 /// Everything that stands in the way of `request`, whose way of attaching has been chosen; empty
@@ -78,9 +83,12 @@ pub fn preflight(
     };
     let protected = subject.protected_by(running);
     problems.extend(protected.map(|volume| problem::already_protected(path, &volume.name)));
+    let related = if protected.is_some() { None } else { subject.relative(roots, running) };
+    let related_found = related.is_some();
+    problems.extend(related);
     let users = subject.users(roots, &request.name, places);
     // A device in use is busy too; saying so again would only hide the reason.
-    let explained = protected.is_some() || !users.is_empty();
+    let explained = protected.is_some() || related_found || !users.is_empty();
     problems.extend(users);
     problems.extend(subject.nature(roots));
     // The last word has the very opening that protecting will do.
@@ -163,6 +171,27 @@ impl<'a> Subject<'a> {
         })
     }
 
+    /// A volume that holds the same blocks: on its disk, on a partition of it, or below it.
+    fn relative(&self, roots: &HostRoots, running: &[Running]) -> Option<Problem> {
+        let device = self.device.as_ref();
+        // A file lies on the device of its file system.
+        let on_file_system = |(dev, _)| backing::sysfs_name(backing::device_numbers(dev));
+        let lowest = device.cloned().or_else(|| self.file.map(on_file_system))?;
+        let below = lineage::below(roots, &lowest);
+        let disk = device.and_then(|device| lineage::disk_of(roots, device));
+        running.iter().find_map(|volume| {
+            let served = volume.device.as_deref().and_then(block_device);
+            if served.is_some_and(|served| below.contains(&served)) {
+                return Some(problem::on_protected(self.path, &volume.name));
+            }
+            let device = device?;
+            let backing = block_device(&volume.backing)?;
+            let is_part = lineage::disk_of(roots, &backing).as_ref() == Some(device);
+            (is_part || disk.as_ref() == Some(&backing))
+                .then(|| problem::overlaps(self.path, &volume.backing, &volume.name))
+        })
+    }
+
     /// Who uses it now.
     fn users(&self, roots: &HostRoots, name: &VolumeName, places: &OwnPlaces) -> Vec<Problem> {
         let mut found = Vec::new();
@@ -171,7 +200,10 @@ impl<'a> Subject<'a> {
         if roots.swaps(&self.family, self.file) {
             found.push(problem::swap(self.path));
         }
-        let holders = self.device.as_ref().map(|dev| roots.holders(dev)).unwrap_or_default();
+        let disk = self.device.as_ref().and_then(|dev| lineage::disk_of(roots, dev));
+        let mut holders = self.device.as_ref().map(|dev| roots.holders(dev)).unwrap_or_default();
+        // What is built on the whole disk writes to its partitions, too.
+        holders.extend(disk.map(|disk| roots.direct_holders(&disk)).unwrap_or_default());
         if !holders.is_empty() {
             found.push(problem::holders(self.path, &holders));
         }
@@ -236,6 +268,12 @@ impl<'a> Subject<'a> {
         };
         problem::bad_size(self.path, bytes, logical)
     }
+}
+
+fn block_device(path: &Path) -> Option<String> {
+    let metadata = std::fs::metadata(path).ok()?;
+    let is_block = metadata.file_type().is_block_device();
+    is_block.then(|| backing::sysfs_name(backing::device_numbers(metadata.rdev())))
 }
 
 #[cfg(test)]

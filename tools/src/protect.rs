@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use clap::ValueEnum;
 use farshore_blkfilter::control::{
-    AttachChoice, AttachKind, Attachment, ProtectRequest, VolumeInfo,
+    AttachChoice, AttachKind, Attachment, Hint, ProtectRequest, VolumeInfo,
 };
 use farshore_extent::{Problem, VolumeName};
+use serde::Serialize;
 
 use crate::args::{Global, bytes, interval, volume_name};
 use crate::ask::confirm;
@@ -106,10 +107,12 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
     if global.dry_run {
         let (path, name) = (request.backing.display(), &request.name);
         if out.json {
-            out.document(SCHEMA, "would_protect", &request);
+            let would = WouldProtect { request: &request, hints: &found.hints };
+            out.document(SCHEMA, "would_protect", &would);
         } else {
             out.line(format!("ready: {path} can be protected as {name}; nothing was changed"));
             found.attach.iter().for_each(|choice| out.line(reason(choice)));
+            found.hints.iter().for_each(|hint| out.line(note(hint)));
         }
         return Ok(Exit::Ok);
     }
@@ -119,6 +122,7 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
     } else {
         out.line(protected(&info));
         found.attach.iter().for_each(|choice| out.line(reason(choice)));
+        found.hints.iter().for_each(|hint| out.line(note(hint)));
         out.hint("from now on open the disk only here; writes that bypass it are not replicated");
         out.hint("how far it is: farshore status --watch");
     }
@@ -138,6 +142,18 @@ fn place(info: &VolumeInfo) -> String {
             device.display().to_string()
         }
     }
+}
+
+/// The answer to `--dry-run`.
+#[derive(Debug, Serialize)]
+struct WouldProtect<'a> {
+    #[serde(flatten)]
+    request: &'a ProtectRequest,
+    hints: &'a [Hint],
+}
+
+fn note(hint: &Hint) -> String {
+    format!("  note   {}\n  do     {}", hint.what, hint.next)
 }
 
 fn reason(choice: &AttachChoice) -> String {

@@ -221,6 +221,17 @@ pub struct Readiness {
     pub problems: Vec<Problem>,
     /// How guests would reach it; none when the way asked for is not possible here.
     pub attach: Option<AttachChoice>,
+    /// What does not stand in the way and should be known.
+    pub hints: Vec<Hint>,
+}
+
+/// Something to know about a device that can be protected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hint {
+    /// What there is, and what may come of it.
+    pub what: String,
+    /// A command, or a comment in shell syntax.
+    pub next: String,
 }
 
 /// Start protecting.

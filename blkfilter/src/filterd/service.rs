@@ -18,7 +18,7 @@ use crate::control::{
 };
 use crate::core::MarkerSpec;
 use crate::filter::FetchWait;
-use crate::preflight::{HostRoots, OwnPlaces, Running, preflight};
+use crate::preflight::{HostRoots, OwnPlaces, Running, hints, preflight};
 
 /// Longest wait of one Fetch, so that a client that went away is noticed.
 const MAX_IDLE: Duration = Duration::from_secs(60);
@@ -159,7 +159,8 @@ impl Service {
         let mut problems = self.obstacles(&ProtectRequest { attach: kind, ..request.clone() });
         let impossible = |e: Impossible| problem::impossible(&request.backing, e.kind, e.why);
         problems.extend(choice.err().map(impossible));
-        Readiness { problems, attach }
+        let hints = hints(&HostRoots::default(), &request.name, &request.backing);
+        Readiness { problems, attach, hints }
     }
 
     /// Everything that stands in the way, except of the way of attaching.
@@ -168,6 +169,7 @@ impl Service {
             name: v.info.name.clone(),
             backing: v.info.backing.clone(),
             nbd_socket: v.info.attachment.socket().map(PathBuf::from),
+            device: v.info.attachment.device().map(PathBuf::from),
         };
         let running: Vec<Running> = self.all().into_iter().map(running).collect();
         let mut problems = preflight(&HostRoots::default(), request, &self.places(), &running);
@@ -189,7 +191,7 @@ impl Service {
         if self.stopping.load(Ordering::Acquire) {
             return Err(problem::stopping());
         }
-        let Readiness { problems, attach } = self.preflight(request);
+        let Readiness { problems, attach, .. } = self.preflight(request);
         if let Some(problem) = problems.into_iter().next() {
             return Err(problem);
         }

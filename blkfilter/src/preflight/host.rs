@@ -63,6 +63,25 @@ impl HostRoots {
             .collect()
     }
 
+    /// Names of the devices built directly on `dev`, not on its partitions.
+    pub(super) fn direct_holders(&self, dev: &str) -> Vec<String> {
+        holders(&self.device(dev)).into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// Nodes and numbers of the partitions of `dev`.
+    pub(super) fn partitions_of(&self, dev: &str) -> Vec<(PathBuf, DevName)> {
+        let node = |path: &Path| Path::new("/dev").join(path.file_name().unwrap_or_default());
+        let parts = partitions(&self.device(dev)).into_iter();
+        let mut nodes: Vec<_> = parts.map(|(path, dev)| (node(&path), dev)).collect();
+        nodes.sort();
+        nodes
+    }
+
+    /// Another place of the machine: `run`, `etc` lie beside `/sys`.
+    pub(super) fn beside(&self, path: &str) -> PathBuf {
+        self.sys.with_file_name(path)
+    }
+
     /// Directory of a device in `/sys`.
     pub(super) fn directory(&self, dev: &str) -> PathBuf {
         self.device(dev)

@@ -36,7 +36,20 @@ pub(crate) fn cannot_look(path: &Path, error: &io::Error) -> Problem {
     )
 }
 
+/// Mount points without which the host does not run.
+const SYSTEM: [&str; 6] = ["/", "/boot", "/boot/efi", "/efi", "/usr", "/var"];
+
 pub(super) fn mounted(path: &Path, name: &VolumeName, at: &str) -> Problem {
+    if SYSTEM.contains(&at) {
+        return refused(
+            4012,
+            path,
+            format!("it carries the running system (mounted on {at})"),
+            "a mounted disk cannot be taken over while it is in use, and the system's disk is \
+             always in use",
+            "protect the disks with the data; docs/limits.md tells about the boot disk",
+        );
+    }
     refused(
         4012,
         path,
@@ -166,6 +179,30 @@ pub(super) fn already_protected(path: &Path, by: &VolumeName) -> Problem {
             "nothing is to be done if that is what you want; otherwise run `farshore unprotect \
              {by}` first"
         ),
+    )
+}
+
+pub(super) fn overlaps(path: &Path, other: &Path, by: &VolumeName) -> Problem {
+    refused(
+        4033,
+        path,
+        format!("{} is protected as {by}, and holds the same blocks", other.display()),
+        "a block is recorded by one volume only: a write by the other way would be missing in one \
+         of the two",
+        format!(
+            "protect either the disk or its partitions; to change, `farshore unprotect {by}` first"
+        ),
+    )
+}
+
+pub(super) fn on_protected(path: &Path, by: &VolumeName) -> Problem {
+    refused(
+        4034,
+        path,
+        format!("it lies on the protected device of {by}"),
+        "every write to it is recorded already, and a filter on top of itself could not start \
+         after a boot",
+        format!("nothing is to be done: the points of {by} contain it"),
     )
 }
 

@@ -102,6 +102,7 @@ fn every_failed_prerequisite_is_named_not_just_the_first() {
         name: request.name.clone(),
         backing: "/dev/vdz".into(),
         nbd_socket: Some("/run/z".into()),
+        device: None,
     };
     host.put("proc/swaps", &format!("Filename\n{} file 1 0 -2\n", image.display()));
     host.put("sys/block/loop3/dev", "7:3\n");
@@ -128,8 +129,12 @@ fn the_same_device_by_another_path_is_already_protected() {
     let link = host.dir.path().join("link");
     std::os::unix::fs::symlink(&image, &link).unwrap();
     let _held = Backing::open(&image, Mode::ReadWrite).unwrap();
-    let running =
-        Running { name: name("other"), backing: image.clone(), nbd_socket: Some("/tmp/s".into()) };
+    let running = Running {
+        name: name("other"),
+        backing: image.clone(),
+        nbd_socket: Some("/tmp/s".into()),
+        device: None,
+    };
     // The claim of that very volume is not reported as a stranger's.
     assert_eq!(host.check(&host.request(&link), std::slice::from_ref(&running)), [4028, 4021]);
     assert_eq!(host.check(&host.request(&link), &[]), [4016]);
@@ -152,6 +157,15 @@ fn users_of_partitions_and_of_what_is_built_on_them_count() {
     assert_eq!(codes(&problems), [4012, 4015]);
     assert!(problems[0].what.contains("/srv") && problems[1].what.contains("dm-0"));
     assert_eq!(codes(&host.users("8:32", &nowhere())), [0u16; 0]);
+}
+
+#[test]
+fn the_disk_of_the_running_system_is_not_told_to_be_unmounted() {
+    let next = |at| problem::mounted(Path::new("/dev/vda"), &name("x"), at).next;
+    for at in ["/", "/boot", "/usr"] {
+        assert!(next(at).contains("boot disk") && !next(at).contains("umount"), "{at}");
+    }
+    assert!(next("/srv").contains("umount /srv"));
 }
 
 #[test]
@@ -216,6 +230,13 @@ fn a_real_block_device_is_claimed_written_and_examined() {
     let check = |path: &Path| codes(&preflight(&roots, &host.request(path), &places, &[]));
     assert_eq!(check(path), [0u16; 0]);
     assert_eq!(check(&image), [4025]);
+
+    let noted = || hints(&HostRoots::default(), &name("pgdata"), path);
+    assert_eq!(noted(), []);
+    let label = [&[0; 512][..], b"LABELONE", &[0; 16], b"LVM2 001", &[0; 480]].concat();
+    fs::write(path, &label).unwrap();
+    assert!(noted()[0].what.contains("LVM"), "{:?}", noted());
+    assert!(noted()[0].next.contains("/dev/farshore/pgdata"));
 
     let backing = Backing::open(path, Mode::ReadWrite).unwrap();
     assert_eq!(check(path), [4016]);

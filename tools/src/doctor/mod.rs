@@ -21,6 +21,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use farshore_blkfilter::frontend::kernel_nbd;
+use farshore_blkfilter::frontend::ublk::features;
 use farshore_blkfilter::sys::clock;
 use farshore_blkfilter::sys::ring::{Ring, RingConfig};
 use farshore_extent::WallTime;
@@ -152,9 +154,9 @@ fn host_groups(host: &Host, paths: &Paths, now: WallTime) -> Vec<Group> {
             Area::Host,
             "kernel",
             begin(move || {
-                let ublk = kernel::ublk(&kernel, ublk_mask);
+                let ublk = kernel::ublk(&kernel, features);
                 let there = ublk.state == State::Ok;
-                let nbd = kernel::nbd(&kernel, there);
+                let nbd = kernel::nbd(&kernel, there, kernel_nbd::available());
                 vec![kernel::release(&kernel), ublk, nbd, kernel::io_uring(&kernel, makes_a_ring)]
             }),
         ),
@@ -185,6 +187,7 @@ fn role_groups(
         let look = move || {
             let mut found = source::daemons(&host, &paths, &asked);
             found.extend(source::unserved(&paths, &asked));
+            found.extend(source::origins(&asked));
             found
         };
         groups.push((Area::Source, "filterd", begin(look)));
@@ -239,11 +242,6 @@ fn newest(state: &Path) -> Option<WallTime> {
         i64::try_from(since.as_nanos()).ok().map(WallTime::from_nanos)
     });
     dates.max()
-}
-
-fn ublk_mask() -> std::io::Result<u64> {
-    std::fs::File::open("/dev/ublk-control")?;
-    Err(std::io::ErrorKind::Unsupported.into())
 }
 
 fn makes_a_ring() -> bool {

@@ -8,6 +8,7 @@ use farshore_agent::config::Config;
 use farshore_agent::identity::Identity;
 use farshore_agent::{Reached, reach};
 use farshore_blkfilter::control::VolumeStatus;
+use farshore_blkfilter::preflight::{HostRoots, fstab_hints};
 use farshore_extent::{Problem, WallTime};
 use farshore_protocol::paths::Paths;
 
@@ -85,6 +86,15 @@ pub fn unserved(paths: &Paths, asked: &Answers) -> Vec<Finding> {
             )
         })
         .collect()
+}
+
+/// Ways past the filter that the next boot would take.
+pub fn origins(asked: &Answers) -> Vec<Finding> {
+    let Some(Ok(volumes)) = &asked.filterd else { return Vec::new() };
+    let roots = HostRoots::default();
+    let of_one = |v: &VolumeStatus| fstab_hints(&roots, &v.info.name, &v.info.backing);
+    let all = volumes.iter().flat_map(of_one);
+    all.map(|hint| Finding::warning("origin", hint.what, hint.next)).collect()
 }
 
 /// The state directories and who may read what is secret.

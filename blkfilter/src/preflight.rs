@@ -22,6 +22,7 @@ use crate::control::{AttachKind, ProtectRequest};
 use crate::sys::info;
 pub use hints::{fstab_hints, hints};
 pub use host::HostRoots;
+pub(crate) use host::{Mount, device_of};
 
 /// Longest path of a unix socket in bytes.
 const MAX_SOCKET_PATH: usize = 107;

@@ -16,6 +16,8 @@ struct File {
     pool: Option<ByteSize>,
     /// Limit of the copy loop.
     copy_rate: Option<ByteRate>,
+    /// Queues of a block device.
+    queues: Option<u16>,
     /// At a stop: how long clients may take to finish.
     client_grace: Option<Millis>,
     /// At a stop: how long to wait until everything is durable at the target.
@@ -43,6 +45,7 @@ pub fn parse(text: &str, name: &str, paths: &Paths) -> Result<Config, Problem> {
     config.control_socket = paths.filterd_socket();
     file.pool.into_iter().for_each(|v| config.pool_bytes = v.bytes());
     file.copy_rate.into_iter().for_each(|v| config.copy_rate = v.bytes_per_second());
+    file.queues.into_iter().for_each(|v| config.queues = v);
     file.client_grace.into_iter().for_each(|v| config.client_grace = v.duration());
     file.release_grace.into_iter().for_each(|v| config.release_grace = v.duration());
     file.harden.into_iter().for_each(|v| config.harden = v);

@@ -8,14 +8,21 @@ use std::time::Duration;
 use farshore_extent::{CaptureOrder, Problem, VolumeId};
 
 use super::config::Config;
+use super::names::Names;
+use super::namespace::OwnDevices;
 use super::problem;
-use super::serving::Serving;
-use super::state::{StateDir, VolumeRecord, VolumeState, start_of};
+use super::serving::{NotRemoved, NotStarted, Serving};
+use super::state::{Front, StateDir, VolumeRecord, VolumeState, start_of};
+use super::users::Users;
 use crate::backing::{Backing, Mode};
 use crate::control::{CopyProgress, VolumeInfo, VolumeStatus};
 use crate::core::{Attach, Refused};
 use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host};
+use crate::preflight::HostRoots;
 use crate::sys::pool::PoolMemory;
+
+/// Numbers to try for a block device before giving up.
+const MAX_TRIES: usize = 16;
 
 /// What every volume is attached with.
 #[derive(Debug, Clone)]
@@ -23,17 +30,22 @@ pub(super) struct Ground {
     pub(super) config: Arc<Config>,
     pub(super) state: Arc<StateDir>,
     pub(super) host: Arc<Host>,
+    pub(super) names: Names,
+    pub(super) own: OwnDevices,
+    pub(super) roots: HostRoots,
 }
 
 /// An attached volume.
-#[derive(Debug)]
 pub(super) struct Attached {
     pub(super) info: VolumeInfo,
     device: Arc<FilterDevice>,
     key: crate::core::VolumeKey,
     record: Mutex<VolumeRecord>,
     copy: Mutex<CopyLoop>,
-    serving: Mutex<Serving>,
+    /// None once it has ended.
+    serving: Mutex<Option<Serving>>,
+    /// The disk behind it, as the kernel calls it; none for a file.
+    origin: Option<String>,
     /// A client's thread was still there when serving stopped: it may write yet.
     client_left: AtomicBool,
     ground: Ground,
@@ -41,6 +53,44 @@ pub(super) struct Attached {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner) // plain data
+}
+
+/// Starts the front end on record. A number that somebody else has taken meanwhile is replaced: the
+/// stable name stays.
+fn start_serving(
+    ground: &Ground,
+    device: &Arc<dyn crate::device::Device>,
+    record: &mut VolumeRecord,
+    known: bool,
+) -> Result<Serving, Problem> {
+    let mut tried = Vec::new();
+    loop {
+        let kernel = record.front.kernel_name();
+        if let Some(kernel) = &kernel {
+            ground.own.add(kernel.clone());
+            let announced = ground.names.announce(kernel, &record.name, record.volume);
+            announced.map_err(|e| problem::socket(&ground.config.run, &e))?;
+        }
+        let started = Serving::start(Arc::clone(device), record, ground.config.queues);
+        let error = match started {
+            Ok(serving) => return Ok(serving),
+            Err(error) => error,
+        };
+        if let Some(kernel) = kernel.filter(|_| !known || matches!(error, NotStarted::Taken)) {
+            ground.names.withdraw(&kernel, record.name.as_str());
+            ground.own.remove(&kernel);
+        }
+        if let NotStarted::Failed(problem) = error {
+            return Err(problem);
+        }
+        tried.push(record.front.clone());
+        let free = Front::free(record.front.kind(), &tried).filter(|_| tried.len() < MAX_TRIES);
+        let taken = || problem::no_device(&record.name, record.front.kind(), "its number is taken");
+        let free = free.ok_or_else(taken)?;
+        tracing::warn!(volume = %record.name, from = ?record.front, to = ?free, "its number is taken");
+        record.front = free;
+        ground.state.save(record)?;
+    }
 }
 
 /// Opens the backing of a new volume and fills in what only it knows.
@@ -85,7 +135,7 @@ impl Attached {
             chunk,
             engine: ground.config.engine,
         };
-        let attached = Self::serve(ground, FilterDevice::new(filter), key, record);
+        let attached = Self::serve(ground, FilterDevice::new(filter), key, record, known);
         if attached.is_err()
             && let Err(error) = ground.host.detach(key)
         {
@@ -98,12 +148,24 @@ impl Attached {
         ground: &Ground,
         device: Arc<FilterDevice>,
         key: crate::core::VolumeKey,
-        record: VolumeRecord,
+        mut record: VolumeRecord,
+        known: bool,
     ) -> Result<Arc<Self>, Problem> {
         let copy = CopyLoop::start(&device, record.copy_rate)
             .map_err(|e| problem::resources("a thread for the copy loop", e))?;
+        let origin = ground.roots.name_of(&record.backing);
+        origin.iter().for_each(|disk| ground.names.claim_origin(disk, &record.name));
         let served = Arc::clone(&device) as Arc<dyn crate::device::Device>;
-        let serving = Serving::start(served, &record)?;
+        let serving = start_serving(ground, &served, &mut record, known);
+        let serving = serving.inspect_err(|_| {
+            // A disk whose volume waits in the kernel stays hidden: it has the same contents.
+            if !known {
+                origin.iter().for_each(|disk| ground.names.free_origin(disk));
+            }
+        })?;
+        if serving.recovered() {
+            tracing::info!(volume = %record.name, "its users go on where filterd had stopped");
+        }
         let info = VolumeInfo {
             volume: record.volume,
             name: record.name.clone(),
@@ -112,7 +174,10 @@ impl Attached {
             size: record.size,
             blocks: record.blocks,
             attachment: serving.attachment(),
-            link: None,
+            link: record
+                .front
+                .kernel_name()
+                .and_then(|k| ground.names.link(&k, record.name.as_str())),
             epoch: record.epoch,
             point_interval_ms: record.point_interval_ms,
         };
@@ -122,7 +187,8 @@ impl Attached {
             key,
             record: Mutex::new(record),
             copy: Mutex::new(copy),
-            serving: Mutex::new(serving),
+            serving: Mutex::new(Some(serving)),
+            origin,
             client_left: AtomicBool::new(false),
             ground: ground.clone(),
         }))
@@ -137,7 +203,7 @@ impl Attached {
     }
 
     pub(super) fn clients(&self) -> u32 {
-        lock(&self.serving).clients()
+        lock(&self.serving).as_ref().map_or(0, Serving::clients)
     }
 
     /// `None` when it was detached meanwhile.
@@ -175,13 +241,89 @@ impl Attached {
         Ok(())
     }
 
-    /// No more clients; those there are finish what they have sent.
+    /// Why its front end has ended by itself.
+    pub(super) fn failed(&self) -> Option<String> {
+        lock(&self.serving).as_ref().and_then(Serving::failed)
+    }
+
+    /// Who uses its block device.
+    pub(super) fn users(&self) -> Users {
+        let kernel = lock(&self.record).front.kernel_name();
+        let device = self.info.attachment.device();
+        let of =
+            |(kernel, device): (String, _)| Users::of_served(&self.ground.roots, &kernel, device);
+        kernel.zip(device).map(of).unwrap_or_default()
+    }
+
+    /// For the end of the daemon: takes no more requests. A block device in use is left to the next
+    /// start, for which its users wait; one that nobody uses goes away.
     pub(super) fn stop_serving(&self, grace: Duration) {
-        self.device.close();
-        if !lock(&self.serving).stop(grace) {
-            self.client_left.store(true, Ordering::Release);
-            tracing::warn!(volume = %self.info.name, "a client did not end in time");
+        let users = self.users();
+        if users.only_passing() {
+            let Err(problem) = self.end_serving(grace) else { return };
+            tracing::warn!(volume = %self.info.name, %problem, why = problem.why, "it stays");
+        } else {
+            tracing::info!(volume = %self.info.name, %users, "its users wait for the next start");
         }
+        self.device.close();
+        let serving = lock(&self.serving).take();
+        if !serving.is_none_or(|serving| serving.leave(grace)) {
+            self.left_behind();
+        }
+    }
+
+    /// Takes the way to the volume away, whoever uses it.
+    pub(super) fn end_serving(&self, grace: Duration) -> Result<(), Problem> {
+        let mut slot = lock(&self.serving);
+        let Some(serving) = slot.take() else { return Ok(()) };
+        match serving.remove(grace) {
+            Ok(all) => {
+                self.device.close();
+                if !all {
+                    self.left_behind();
+                }
+                self.forget_names();
+                Ok(())
+            }
+            Err(NotRemoved { still, why }) => {
+                if still.is_none() {
+                    self.device.close();
+                    self.left_behind();
+                }
+                *slot = still;
+                drop(slot);
+                let device = self.info.attachment.device().unwrap_or(Path::new("it"));
+                let kernel = lock(&self.record).front.kernel_name();
+                let users = kernel.map(|kernel| Users::of(&self.ground.roots, &kernel));
+                let users = users.unwrap_or_default();
+                Err(problem::not_removed(self.info.name.as_str(), device, why, &users))
+            }
+        }
+    }
+
+    /// A request may be under way yet, and may write.
+    fn left_behind(&self) {
+        self.client_left.store(true, Ordering::Release);
+        tracing::warn!(volume = %self.info.name, "a client did not end in time");
+    }
+
+    fn forget_names(&self) {
+        let Ground { names, own, .. } = &self.ground;
+        if let Some(kernel) = lock(&self.record).front.kernel_name() {
+            names.withdraw(&kernel, self.info.name.as_str());
+            own.remove(&kernel);
+        }
+        self.origin.iter().for_each(|disk| names.free_origin(disk));
+    }
+
+    /// Whether it is served at all.
+    pub(super) fn is_served(&self) -> bool {
+        lock(&self.serving).is_some()
+    }
+
+    /// As on disk.
+    pub(super) fn record(&self) -> VolumeRecord {
+        lock(&self.record).clone()
     }
 
     pub(super) fn stop_copying(&self) {

@@ -4,6 +4,7 @@
 //! client survives it too; a plain socket needs nothing of the kernel.
 
 use crate::control::{AttachChoice, AttachKind};
+use crate::frontend::{kernel_nbd, ublk};
 
 /// What this host has: for each way through the kernel, `Err` says what is missing and how to get
 /// it.
@@ -23,8 +24,10 @@ pub(super) struct Impossible {
 impl Ways {
     /// Asks the kernel.
     pub(super) fn of_this_host() -> Self {
-        let none = || Err("this build has no such front end".to_owned());
-        Self { ublk: none(), nbd: none() }
+        Self {
+            ublk: ublk::features().map(drop).map_err(|why| why.to_string()),
+            nbd: kernel_nbd::available().map(drop).map_err(|why| why.to_string()),
+        }
     }
 
     /// `wish`: the way asked for, none for the best.

@@ -14,7 +14,7 @@ use crate::sys::ring::Engine;
 pub struct Config {
     /// Durable state; made when it is missing. Must not lie on a protected volume.
     pub state: PathBuf,
-    /// Sockets: NBD servers are put into `nbd/` below.
+    /// Sockets, with NBD servers in `nbd/` below, and `devices/` and `origins/` for udev.
     pub run: PathBuf,
     /// The control socket.
     pub control_socket: PathBuf,
@@ -28,6 +28,8 @@ pub struct Config {
     pub limits: Limits,
     /// Copy rate of a volume that was not given one, in bytes a second; 0 is no limit.
     pub copy_rate: u64,
+    /// Queues of a block device, each with a thread; 0: as many as CPUs, at most 4.
+    pub queues: u16,
     /// At a stop: how long NBD clients may take to finish what they have sent.
     pub client_grace: Duration,
     /// At a stop: how long to wait until the agent has released everything.
@@ -52,6 +54,7 @@ impl Config {
             chunk: ChunkSize::DEFAULT,
             limits: Limits::default(),
             copy_rate: 0,
+            queues: 0,
             client_grace: Duration::from_secs(5),
             release_grace: Duration::from_secs(5),
             harden: true,

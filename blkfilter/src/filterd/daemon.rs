@@ -10,6 +10,8 @@ use farshore_extent::{Problem, VolumeName};
 
 use super::attached::Ground;
 use super::config::Config;
+use super::names::Names;
+use super::namespace::{self, Guard, OwnDevices};
 use super::problem;
 use super::service::Service;
 use super::shutdown::Shutdown;
@@ -17,6 +19,7 @@ use super::state::StateDir;
 use crate::control::server::{Serve, Server};
 use crate::durable_fs;
 use crate::filter::Host;
+use crate::preflight::HostRoots;
 use crate::sys::process;
 use crate::sys::wake::{Event, wait_readable};
 
@@ -31,13 +34,13 @@ const CLAIM_LOOK: Duration = Duration::from_millis(20);
 const ATTACH_AGAIN: Duration = Duration::from_secs(2);
 
 /// A running daemon. Dropping it is like killing it: nothing is marked clean.
-#[derive(Debug)]
 pub struct Daemon {
     // Goes first: nobody asks for anything any more.
     control: Server,
     attaching: Attaching,
     service: Arc<Service>,
     host: Arc<Host>,
+    _guard: Option<Guard>,
 }
 
 impl Daemon {
@@ -47,6 +50,8 @@ impl Daemon {
     /// FS-2030 to FS-2034: the state directory or the control socket cannot be used. A volume that
     /// cannot be attached is no such error; the log tells.
     pub fn start(config: Config) -> Result<Self, Problem> {
+        // First of all: threads that exist already would stay outside.
+        let secluded = config.harden && namespace::enter();
         if config.harden {
             harden();
         }
@@ -60,15 +65,26 @@ impl Daemon {
         let epoch = state.raise_epoch(&records)?;
         let host = Arc::new(Host::new(epoch, config.limits.clone()));
         let (config, state) = (Arc::new(config), Arc::new(state));
-        let ground = Ground { config: Arc::clone(&config), state, host: Arc::clone(&host) };
-        let service = Arc::new(Service::new(ground, records));
+        let own = OwnDevices::default();
+        records.iter().filter_map(|r| r.front.kernel_name()).for_each(|name| own.add(name));
         let failed = |e: io::Error| problem::resources("a thread", e);
+        let guard = secluded.then(|| Guard::start(own.clone())).transpose().map_err(failed)?;
+        let ground = Ground {
+            names: Names::new(&config.run),
+            config: Arc::clone(&config),
+            state,
+            host: Arc::clone(&host),
+            own,
+            roots: HostRoots::default(),
+        };
+        let service = Arc::new(Service::new(ground, records));
+        service.sweep();
         let attaching = Attaching::start(&service).map_err(failed)?;
         let serve = Arc::clone(&service) as Arc<dyn Serve>;
         let control = Server::bind(&config.control_socket, config.access.clone(), serve)
             .map_err(|e| problem::socket(&config.control_socket, &e))?;
         tracing::info!(%epoch, socket = %config.control_socket.display(), "filterd runs");
-        Ok(Self { control, attaching, service, host })
+        Ok(Self { control, attaching, service, host, _guard: guard })
     }
 
     /// Stops in order: clients finish, the agent gets a moment to release everything, what is
@@ -89,7 +105,7 @@ impl Drop for Daemon {
     }
 }
 
-/// Attaches what is on record: at once, and again until it is there.
+/// Attaches what is on record: at once, and again until it is there; also what ends by itself later.
 #[derive(Debug)]
 struct Attaching {
     stop: Arc<Event>,
@@ -107,21 +123,17 @@ impl Attaching {
             wait_readable(&[(*stop).as_fd()], Some(CLAIM_LOOK))?;
             absent = service.attach_missing();
         }
-        let mut attaching = Self { stop, thread: None };
-        if absent.volumes > 0 {
-            let (service, stop) = (Arc::clone(service), Arc::clone(&attaching.stop));
-            let again = move || {
-                while wait_readable(&[(*stop).as_fd()], Some(ATTACH_AGAIN))
-                    .is_ok_and(|stopped| stopped == [false])
-                {
-                    if service.attach_missing().volumes == 0 {
-                        return;
-                    }
+        let (service, stopped) = (Arc::clone(service), Arc::clone(&stop));
+        let again = move || {
+            while wait_readable(&[(*stopped).as_fd()], Some(ATTACH_AGAIN))
+                .is_ok_and(|stopped| stopped == [false])
+            {
+                if service.heal() {
+                    service.attach_missing();
                 }
-            };
-            attaching.thread = Some(Builder::new().name("attach".into()).spawn(again)?);
-        }
-        Ok(attaching)
+            }
+        };
+        Ok(Self { stop, thread: Some(Builder::new().name("attach".into()).spawn(again)?) })
     }
 
     fn stop(&mut self) {

@@ -8,11 +8,14 @@ mod attached;
 mod choice;
 mod config;
 mod daemon;
+mod names;
+mod namespace;
 mod problem;
 mod service;
 mod serving;
 mod shutdown;
 mod state;
+mod users;
 
 pub use config::Config;
 pub use daemon::{Daemon, run};

@@ -1,4 +1,4 @@
-//! What people and the agent are told: FS-2030 to FS-2049, FS-3110 and FS-3111.
+//! What people and the agent are told: FS-2030 to FS-2049, FS-3110, FS-3111 and FS-4031.
 
 use std::fmt::Display;
 use std::io;
@@ -6,6 +6,7 @@ use std::path::Path;
 
 use farshore_extent::{Code, Problem, VolumeName};
 
+use super::users::Users;
 use crate::control::AttachKind;
 use crate::core::Refused;
 
@@ -79,6 +80,55 @@ pub(super) fn clients_connected(name: &VolumeName, clients: u32) -> Problem {
         format!("cannot stop protecting {name}: {clients} clients are connected"),
         "they would get errors for everything they write from then on",
         "unmount and disconnect them first, or use --force to disconnect them",
+    )
+}
+
+/// Programs have the block device open.
+pub(super) fn opened(name: &str, device: &Path, users: &Users) -> Problem {
+    Problem::harmless(
+        2036,
+        format!("cannot stop protecting {name}: {} is open", device.display()),
+        users.to_string(),
+        "end these programs, or use --force: everything they do on the device fails then",
+    )
+}
+
+/// The kernel itself uses the block device.
+pub(super) fn in_kernel(name: &str, device: &Path, users: &Users) -> Problem {
+    Problem::harmless(
+        2046,
+        format!("cannot stop protecting {name}: {} is in use", device.display()),
+        users.to_string(),
+        "unmount it, swapoff, or take apart what is built on it (lsblk shows it), then try again; \
+         --force does not help: what is on the device would lose it in the middle of a write",
+    )
+}
+
+/// The kernel did not remove a device.
+pub(super) fn not_removed(
+    name: &str,
+    device: &Path,
+    error: impl Display,
+    users: &Users,
+) -> Problem {
+    let held = if users.is_empty() { String::new() } else { format!("; {users}") };
+    Problem::harmless(
+        2047,
+        format!("the kernel does not let go of {}, the device of {name}", device.display()),
+        format!("{error}{held}"),
+        "close what holds it and try again; when nothing does, look at the kernel's log: a device \
+         that the kernel cannot remove is gone after a reboot",
+    )
+    .with_risk("the volume stays protected; I/O that still comes may have to wait")
+}
+
+/// A block device could not be made or taken over.
+pub(super) fn no_device(name: &VolumeName, kind: AttachKind, error: impl Display) -> Problem {
+    Problem::harmless(
+        2048,
+        format!("{name} cannot be attached by {kind}"),
+        error.to_string(),
+        "follow the reason; filterd tries again by itself when the volume was protected before",
     )
 }
 

@@ -1,7 +1,7 @@
 //! What the control socket asks for, done.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,13 +12,14 @@ use super::attached::{Attached, Ground, open};
 use super::choice::{Impossible, Ways};
 use super::problem;
 use super::state::{Front, VolumeRecord, VolumeState};
+use super::users::Users;
 use crate::control::server::{Response, Serve};
 use crate::control::{
     AttachKind, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request, VolumeInfo,
 };
 use crate::core::MarkerSpec;
 use crate::filter::FetchWait;
-use crate::preflight::{HostRoots, OwnPlaces, Running, hints, preflight};
+use crate::preflight::{OwnPlaces, Running, hints, preflight};
 
 /// Longest wait of one Fetch, so that a client that went away is noticed.
 const MAX_IDLE: Duration = Duration::from_secs(60);
@@ -33,7 +34,6 @@ const POOL_SIZES: std::ops::RangeInclusive<u64> = 8 << 20..=64 << 30;
 const CLAIMED: Code = Code(4016);
 
 /// The daemon's volumes.
-#[derive(Debug)]
 pub(super) struct Service {
     ground: Ground,
     volumes: Mutex<BTreeMap<VolumeName, Arc<Attached>>>,
@@ -129,6 +129,9 @@ impl Service {
         if let Some(problem) = self.obstacles(&request).into_iter().next() {
             return Err(problem);
         }
+        // Before anything is written: a clean volume stays clean while its driver is missing.
+        let possible = Ways::of_this_host().choose(request.attach);
+        possible.map_err(|e| problem::impossible(&record.backing, e.kind, e.why))?;
         Attached::attach(&self.ground, open(&record.backing)?, record, true)
     }
 
@@ -159,7 +162,7 @@ impl Service {
         let mut problems = self.obstacles(&ProtectRequest { attach: kind, ..request.clone() });
         let impossible = |e: Impossible| problem::impossible(&request.backing, e.kind, e.why);
         problems.extend(choice.err().map(impossible));
-        let hints = hints(&HostRoots::default(), &request.name, &request.backing);
+        let hints = hints(&self.ground.roots, &request.name, &request.backing);
         Readiness { problems, attach, hints }
     }
 
@@ -172,7 +175,7 @@ impl Service {
             device: v.info.attachment.device().map(PathBuf::from),
         };
         let running: Vec<Running> = self.all().into_iter().map(running).collect();
-        let mut problems = preflight(&HostRoots::default(), request, &self.places(), &running);
+        let mut problems = preflight(&self.ground.roots, request, &self.places(), &running);
         let bytes = request.pool_bytes.unwrap_or(self.ground.config.pool_bytes);
         if !POOL_SIZES.contains(&bytes) {
             problems.push(problem::bad_pool(bytes));
@@ -204,7 +207,7 @@ impl Service {
             volume: known.as_ref().map_or_else(VolumeId::random, |r| r.volume),
             name: request.name.clone(),
             backing: request.backing.clone(),
-            front: self.front(kind, request, known.as_ref()),
+            front: self.front(kind, request, known.as_ref())?,
             pool_bytes: request.pool_bytes.unwrap_or(config.pool_bytes),
             point_interval_ms: request.point_interval_ms,
             copy_rate: known.as_ref().map_or(config.copy_rate, |r| r.copy_rate),
@@ -232,14 +235,17 @@ impl Service {
         kind: AttachKind,
         request: &ProtectRequest,
         known: Option<&VolumeRecord>,
-    ) -> Front {
-        match (kind, known.map(|record| &record.front)) {
-            (AttachKind::Ublk, Some(Front::Ublk { number })) => Front::Ublk { number: *number },
-            (AttachKind::Nbd, Some(Front::Nbd { number })) => Front::Nbd { number: *number },
-            (AttachKind::Ublk, _) => Front::Ublk { number: 0 },
-            (AttachKind::Nbd, _) => Front::Nbd { number: 0 },
-            (AttachKind::Socket, _) => Front::Socket { path: self.places().nbd_socket(request) },
+    ) -> Result<Front, Problem> {
+        if kind == AttachKind::Socket {
+            return Ok(Front::Socket { path: self.places().nbd_socket(request) });
         }
+        if let Some(front) = known.map(|r| &r.front).filter(|front| front.kind() == kind) {
+            return Ok(front.clone());
+        }
+        let mut others: Vec<Front> = self.all().iter().map(|v| v.record().front).collect();
+        others.extend(lock(&self.missing).iter().map(|m| m.record.front.clone()));
+        let none = || problem::no_device(&request.name, kind, "every number is taken");
+        Front::free(kind, &others).ok_or_else(none)
     }
 
     fn unprotect(&self, name: &VolumeName, force: bool) -> Result<(), Problem> {
@@ -247,7 +253,9 @@ impl Service {
         if self.stopping.load(Ordering::Acquire) {
             return Err(problem::stopping());
         }
-        if let Some(VolumeRecord { volume: id, .. }) = self.missing_named(name) {
+        if let Some(record) = self.missing_named(name) {
+            let id = record.volume;
+            self.remove_left(&record.front, name.as_str(), id, force)?;
             self.ground.state.remove(id)?;
             lock(&self.missing).retain(|m| m.record.volume != id);
             return Ok(());
@@ -259,10 +267,82 @@ impl Service {
             clients if !force => return Err(problem::clients_connected(name, clients)),
             _ => {}
         }
-        volume.stop_serving(self.ground.config.client_grace);
+        if let Some(device) = volume.info.attachment.device() {
+            may_be_removed(name.as_str(), device, &volume.users(), force)?;
+        }
+        if let Err(problem) = volume.end_serving(self.ground.config.client_grace) {
+            if !volume.is_served() {
+                self.put_aside(&volume);
+            }
+            return Err(problem);
+        }
         volume.detach()?;
         self.ground.state.remove(volume.id())?;
         lock(&self.volumes).remove(name);
+        Ok(())
+    }
+
+    /// Lets a volume go whose front end has ended although it should not have. The attach thread
+    /// takes it up again.
+    fn put_aside(&self, volume: &Arc<Attached>) {
+        if let Err(problem) = volume.detach() {
+            tracing::error!(volume = %volume.info.name, %problem, "not detached");
+        }
+        lock(&self.volumes).remove(&volume.info.name);
+        lock(&self.missing).push(Missing { record: volume.record(), told: None });
+    }
+
+    /// Takes up again the volumes whose front ends have ended by themselves. Returns whether any
+    /// volume on record is not attached now.
+    pub(super) fn heal(&self) -> bool {
+        let _changing = lock(&self.changing);
+        for volume in self.all() {
+            if let Some(why) = volume.failed() {
+                tracing::error!(volume = %volume.info.name, why, "its device has stopped; again");
+                volume.stop_serving(self.ground.config.client_grace);
+                self.put_aside(&volume);
+            }
+        }
+        !lock(&self.missing).is_empty()
+    }
+
+    /// Removes block devices of volumes that are not on record any more.
+    pub(super) fn sweep(&self) {
+        for old in self.ground.names.announced() {
+            let known = lock(&self.missing).iter().any(|m| m.record.volume == old.volume);
+            let Some(front) = Front::of_kernel_name(&old.kernel) else { continue };
+            if known || self.ground.state.has(old.volume) {
+                continue;
+            }
+            match self.remove_left(&front, &old.name, old.volume, false) {
+                Ok(()) => tracing::info!(
+                    device = old.kernel,
+                    volume = old.name,
+                    "removed: the \
+                    volume is not protected any more"
+                ),
+                Err(problem) => tracing::error!(%problem, why = problem.why, "it stays"),
+            }
+        }
+    }
+
+    /// Removes the block device of a volume that is not attached, if there is one.
+    fn remove_left(
+        &self,
+        front: &Front,
+        name: &str,
+        volume: VolumeId,
+        force: bool,
+    ) -> Result<(), Problem> {
+        let Ground { names, own, roots, .. } = &self.ground;
+        let Some(kernel) = front.kernel_name() else { return Ok(()) };
+        let device = PathBuf::from("/dev").join(&kernel);
+        let users = Users::of(roots, &kernel);
+        may_be_removed(name, &device, &users, force)?;
+        let left = |why: String| problem::not_removed(name, &device, why, &users);
+        front.remove_stale(volume).map_err(left)?;
+        names.withdraw(&kernel, name);
+        own.remove(&kernel);
         Ok(())
     }
 
@@ -347,6 +427,17 @@ impl Service {
         lock(&self.volumes).clear();
         dirty
     }
+}
+
+/// Whether a block device may be taken away from those who use it.
+fn may_be_removed(name: &str, device: &Path, users: &Users, force: bool) -> Result<(), Problem> {
+    if users.in_kernel() {
+        return Err(problem::in_kernel(name, device, users));
+    }
+    if force || users.only_passing() {
+        return Ok(());
+    }
+    Err(problem::opened(name, device, users))
 }
 
 impl Serve for Service {

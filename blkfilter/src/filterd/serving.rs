@@ -5,28 +5,70 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farshore_extent::Problem;
+use farshore_extent::{Problem, VolumeId};
 
 use super::problem;
 use super::state::{Front, VolumeRecord};
 use crate::control::{AttachKind, Attachment};
 use crate::device::Device;
 use crate::durable_fs;
+use crate::frontend::kernel_nbd::{self, KernelNbdError};
 use crate::frontend::nbd::{self, Export, Exports};
+use crate::frontend::ublk::{self, UblkError};
+
+/// Longest wait for the kernel to remove a device that nobody serves.
+const REMOVAL: Duration = Duration::from_secs(10);
 
 /// A running front end.
-#[derive(Debug)]
 pub(super) enum Serving {
+    Ublk(ublk::Server),
+    Nbd(kernel_nbd::Server),
     Socket { server: nbd::Server, path: PathBuf },
 }
 
+/// Why a front end did not start.
+pub(super) enum NotStarted {
+    /// The number belongs to somebody else's device.
+    Taken,
+    /// Anything else.
+    Failed(Problem),
+}
+
 impl Serving {
-    /// Starts to serve `device` in the way on record.
-    pub(super) fn start(device: Arc<dyn Device>, record: &VolumeRecord) -> Result<Self, Problem> {
+    /// Starts to serve `device` in the way on record: makes the block device, or takes over the
+    /// one that an earlier filterd left.
+    pub(super) fn start(
+        device: Arc<dyn Device>,
+        record: &VolumeRecord,
+        queues: u16,
+    ) -> Result<Self, NotStarted> {
+        let failed = |kind: AttachKind, error: &dyn std::fmt::Display| {
+            NotStarted::Failed(problem::no_device(&record.name, kind, error))
+        };
         match &record.front {
-            Front::Socket { path } => Self::socket(device, record, path.clone()),
-            Front::Ublk { .. } | Front::Nbd { .. } => {
-                Err(problem::impossible(&record.backing, record.front.kind(), "not in this build"))
+            Front::Ublk { number } => {
+                let owner = owner(record.volume);
+                let number = Some(*number);
+                let config = ublk::Config { number, owner, queues, ..ublk::Config::default() };
+                match ublk::Server::start(device, config) {
+                    Ok(server) => Ok(Self::Ublk(server)),
+                    Err(UblkError::NotOurs { .. }) => Err(NotStarted::Taken),
+                    Err(error) => Err(failed(AttachKind::Ublk, &error)),
+                }
+            }
+            Front::Nbd { number } => {
+                let identifier = record.volume.to_string();
+                let usual = kernel_nbd::Config::new(identifier);
+                let config =
+                    kernel_nbd::Config { number: Some(*number), connections: queues, ..usual };
+                match kernel_nbd::Server::start(device, config) {
+                    Ok(server) => Ok(Self::Nbd(server)),
+                    Err(KernelNbdError::Taken { .. }) => Err(NotStarted::Taken),
+                    Err(error) => Err(failed(AttachKind::Nbd, &error)),
+                }
+            }
+            Front::Socket { path } => {
+                Self::socket(device, record, path.clone()).map_err(NotStarted::Failed)
             }
         }
     }
@@ -53,24 +95,79 @@ impl Serving {
 
     pub(super) fn attachment(&self) -> Attachment {
         match self {
+            Self::Ublk(s) => Attachment::Ublk { number: s.number(), device: s.block_device() },
+            Self::Nbd(s) => Attachment::Nbd { number: s.number(), device: s.block_device() },
             Self::Socket { path, .. } => Attachment::Socket { path: path.clone() },
         }
     }
 
-    /// Connections of a socket.
-    pub(super) fn clients(&self) -> u32 {
+    /// Whether users of an earlier run go on without having noticed.
+    pub(super) fn recovered(&self) -> bool {
         match self {
-            Self::Socket { server, .. } => server.clients(),
+            Self::Ublk(server) => server.recovered(),
+            Self::Nbd(server) => server.recovered(),
+            Self::Socket { .. } => false,
         }
     }
 
-    /// Takes no more requests; those under way are answered. Returns whether all were within
-    /// `grace`.
-    pub(super) fn stop(&mut self, grace: Duration) -> bool {
+    /// Connections of a socket; a block device has none.
+    pub(super) fn clients(&self) -> u32 {
         match self {
-            Self::Socket { server, .. } => server.stop(grace),
+            Self::Socket { server, .. } => server.clients(),
+            Self::Ublk(_) | Self::Nbd(_) => 0,
         }
     }
+
+    /// Why it has stopped to serve by itself; none while all is well.
+    pub(super) fn failed(&self) -> Option<String> {
+        match self {
+            Self::Ublk(server) => server.failed(),
+            Self::Nbd(_) | Self::Socket { .. } => None,
+        }
+    }
+
+    /// Takes no more requests and answers those under way; users of a block device wait for the
+    /// next start. Returns whether all were answered within `grace`.
+    pub(super) fn leave(self, grace: Duration) -> bool {
+        match self {
+            Self::Ublk(server) => server.leave(grace),
+            Self::Nbd(server) => server.leave(grace),
+            Self::Socket { mut server, .. } => server.stop(grace),
+        }
+    }
+
+    /// Takes the way to the volume away. `Ok`: whether all requests were answered within `grace`.
+    pub(super) fn remove(self, grace: Duration) -> Result<bool, NotRemoved> {
+        match self {
+            Self::Ublk(server) => match server.remove(grace) {
+                Ok(()) => Ok(true),
+                Err(error @ UblkError::InUse { .. }) => {
+                    Err(NotRemoved { still: Some(Self::Ublk(server)), why: error.to_string() })
+                }
+                Err(error) => Err(NotRemoved { still: None, why: error.to_string() }),
+            },
+            Self::Nbd(server) => {
+                let removed = server.remove(grace);
+                removed.map(|()| true).map_err(|e| NotRemoved { still: None, why: e.to_string() })
+            }
+            Self::Socket { mut server, .. } => Ok(server.stop(grace)),
+        }
+    }
+}
+
+/// A block device that the kernel did not remove.
+pub(super) struct NotRemoved {
+    /// It is served on.
+    pub(super) still: Option<Serving>,
+    /// The reason.
+    pub(super) why: String,
+}
+
+/// How a ublk device is known as this volume's.
+fn owner(volume: VolumeId) -> u64 {
+    let wide = u128::from_le_bytes(volume.to_bytes());
+    // The low bit is the price of never being zero.
+    u64::try_from((wide ^ wide >> 64) & u128::from(u64::MAX)).unwrap_or_default() | 1
 }
 
 impl Front {
@@ -87,5 +184,80 @@ impl Front {
             Self::Socket { path } => Some(path.clone()),
             Self::Ublk { .. } | Self::Nbd { .. } => None,
         }
+    }
+
+    /// The kernel's name of the block device: `ublkb3`, `nbd3`.
+    pub(super) fn kernel_name(&self) -> Option<String> {
+        match self {
+            Self::Ublk { number } => Some(format!("ublkb{number}")),
+            Self::Nbd { number } => Some(format!("nbd{number}")),
+            Self::Socket { .. } => None,
+        }
+    }
+
+    /// The block device of that name; none for any other name.
+    pub(super) fn of_kernel_name(name: &str) -> Option<Self> {
+        let number = |prefix| name.strip_prefix(prefix).and_then(|rest| rest.parse().ok());
+        let ublk = number("ublkb").map(|number| Self::Ublk { number });
+        ublk.or_else(|| number("nbd").map(|number| Self::Nbd { number }))
+    }
+
+    /// A block device of this kind with a number that nobody uses and that is not in `others`.
+    pub(super) fn free(kind: AttachKind, others: &[Self]) -> Option<Self> {
+        let numbered = |number| match kind {
+            AttachKind::Ublk => Some(Self::Ublk { number }),
+            AttachKind::Nbd => Some(Self::Nbd { number }),
+            AttachKind::Socket => None,
+        };
+        let is_free = |front: &Self| match front {
+            Self::Ublk { number } => !matches!(ublk::existing(*number), Ok(Some(_))),
+            Self::Nbd { number } => kernel_nbd::existing(*number).is_none(),
+            Self::Socket { .. } => false,
+        };
+        (0..).map_while(numbered).find(|front| !others.contains(front) && is_free(front))
+    }
+
+    /// Removes the block device of `volume` that an earlier filterd left in the kernel. Returns
+    /// whether there was one; a device of somebody else is left alone.
+    pub(super) fn remove_stale(&self, volume: VolumeId) -> Result<bool, String> {
+        match self {
+            Self::Ublk { number } => match ublk::remove_stale(*number, owner(volume), REMOVAL) {
+                Ok(was) => Ok(was),
+                Err(UblkError::NotOurs { .. } | UblkError::Unavailable(_)) => Ok(false),
+                Err(error) => Err(error.to_string()),
+            },
+            Self::Nbd { number } => {
+                match kernel_nbd::remove_stale(*number, &volume.to_string(), REMOVAL) {
+                    Ok(was) => Ok(was),
+                    Err(KernelNbdError::Taken { .. } | KernelNbdError::Unavailable(_)) => Ok(false),
+                    Err(error) => Err(error.to_string()),
+                }
+            }
+            Self::Socket { .. } => Ok(false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_names_and_ways_of_attaching_agree() {
+        for front in [Front::Ublk { number: 3 }, Front::Nbd { number: 12 }] {
+            let name = front.kernel_name().unwrap();
+            assert_eq!(Front::of_kernel_name(&name), Some(front));
+        }
+        for other in ["ublkb", "ublkb3p1", "nbd0p1", "vdb", "ublkc3"] {
+            assert_eq!(Front::of_kernel_name(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn every_volume_has_an_owner_word_of_its_own_that_is_not_zero() {
+        assert_ne!(owner(VolumeId::from_bytes([0; 16])), 0);
+        let (a, b) = (VolumeId::random(), VolumeId::random());
+        assert_ne!(owner(a), owner(b));
+        assert_eq!(owner(a), owner(a));
     }
 }

@@ -149,6 +149,11 @@ impl StateDir {
         self.path.join("volumes").join(format!("{volume}.json"))
     }
 
+    /// Whether there is a record of the volume, readable or not.
+    pub(super) fn has(&self, volume: VolumeId) -> bool {
+        self.file(volume).exists()
+    }
+
     pub(super) fn save(&self, record: &VolumeRecord) -> Result<(), Problem> {
         let path = self.file(record.volume);
         let failed = |e: io::Error| problem::state(&path, &e);

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::backing::{device_numbers, sysfs_name};
+use crate::backing::sysfs_name;
+use crate::sys::info::block_device_at;
 
 /// Where the kernel tells; other places in tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,14 +24,25 @@ impl Default for HostRoots {
 }
 
 /// A device number as `/sys/dev/block` and `mountinfo` write it: `8:16`.
-pub(super) type DevName = String;
+pub(crate) type DevName = String;
 
 /// A mounted file system.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Mount {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mount {
     pub dev: DevName,
     pub at: String,
     pub source: String,
+    /// What happens to it happens to its peers in other namespaces.
+    pub shared: bool,
+}
+
+impl Mount {
+    /// Whether its file system lies on a device of `family`.
+    pub(crate) fn is_on(&self, family: &BTreeSet<DevName>) -> bool {
+        family.contains(&self.dev)
+            // Some file systems (btrfs) have a number of their own: look at the source.
+            || device_of(Path::new(&self.source)).is_some_and(|dev| family.contains(&dev))
+    }
 }
 
 impl HostRoots {
@@ -39,7 +51,7 @@ impl HostRoots {
     }
 
     /// The device itself, its partitions, and everything built on these.
-    pub(super) fn family(&self, dev: DevName) -> BTreeSet<DevName> {
+    pub(crate) fn family(&self, dev: DevName) -> BTreeSet<DevName> {
         let mut family = BTreeSet::new();
         let mut left = vec![dev];
         while let Some(dev) = left.pop() {
@@ -53,7 +65,7 @@ impl HostRoots {
     }
 
     /// Names of the devices built directly on `dev` or on one of its partitions.
-    pub(super) fn holders(&self, dev: &str) -> Vec<String> {
+    pub(crate) fn holders(&self, dev: &str) -> Vec<String> {
         let directory = self.device(dev);
         let parts = partitions(&directory);
         std::iter::once(directory)
@@ -83,12 +95,12 @@ impl HostRoots {
     }
 
     /// Directory of a device in `/sys`.
-    pub(super) fn directory(&self, dev: &str) -> PathBuf {
+    pub(crate) fn directory(&self, dev: &str) -> PathBuf {
         self.device(dev)
     }
 
     /// Loop devices whose backing file is the file with this device and inode: name and number.
-    pub(super) fn loops_on(&self, file: (u64, u64)) -> Vec<(String, DevName)> {
+    pub(crate) fn loops_on(&self, file: (u64, u64)) -> Vec<(String, DevName)> {
         let Ok(entries) = fs::read_dir(self.sys.join("block")) else { return Vec::new() };
         let mut loops: Vec<_> = entries
             .flatten()
@@ -104,22 +116,53 @@ impl HostRoots {
         loops
     }
 
-    /// All mounts filterd can see.
-    pub(super) fn mounts(&self) -> Vec<Mount> {
-        let text = fs::read_to_string(self.proc.join("self/mountinfo")).unwrap_or_default();
-        text.lines().filter_map(mount).collect()
+    /// All mounts that the calling thread sees.
+    pub(crate) fn mounts(&self) -> Vec<Mount> {
+        let text = fs::read_to_string(self.proc.join("thread-self/mountinfo"));
+        parse_mounts(&text.unwrap_or_default())
+    }
+
+    /// All mounts that any process sees.
+    pub(crate) fn mounts_of_all(&self) -> Vec<Mount> {
+        let mut namespaces = BTreeSet::new();
+        let mut mounts = Vec::new();
+        for process in self.processes() {
+            // Without the right to know which it is, it counts as one of its own.
+            let namespace = fs::read_link(process.join("ns/mnt"));
+            if namespace.is_ok_and(|name| !namespaces.insert(name)) {
+                continue;
+            }
+            let text = fs::read_to_string(process.join("mountinfo"));
+            mounts.extend(parse_mounts(&text.unwrap_or_default()));
+        }
+        mounts
+    }
+
+    /// Directories of all processes in `/proc`.
+    pub(crate) fn processes(&self) -> Vec<PathBuf> {
+        let Ok(entries) = fs::read_dir(&self.proc) else { return Vec::new() };
+        let is_number = |name: &str| name.bytes().all(|b| b.is_ascii_digit());
+        let named = |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(is_number);
+        entries.flatten().filter(named).map(|entry| entry.path()).collect()
+    }
+
+    /// The kernel's name of the block device at `path`, such as `vdb`; none for anything else.
+    pub(crate) fn name_of(&self, path: &Path) -> Option<String> {
+        let directory = fs::canonicalize(self.device(&device_of(path)?)).ok()?;
+        directory.file_name()?.to_str().map(str::to_owned)
+    }
+
+    /// Number of the block device with this name, such as `ublkb3`.
+    pub(crate) fn number_of(&self, name: &str) -> Option<DevName> {
+        first_line(&self.sys.join("class/block").join(name).join("dev"))
     }
 
     /// Mount points of any device in `family`.
-    pub(super) fn mounted(&self, family: &BTreeSet<DevName>) -> Vec<String> {
+    pub(crate) fn mounted(&self, family: &BTreeSet<DevName>) -> Vec<String> {
         let mut at: Vec<_> = self
             .mounts()
             .into_iter()
-            .filter(|mount| {
-                family.contains(&mount.dev)
-                    // Some file systems (btrfs) have a number of their own: look at the source.
-                    || device_of(Path::new(&mount.source)).is_some_and(|dev| family.contains(&dev))
-            })
+            .filter(|mount| mount.is_on(family))
             .map(|mount| mount.at)
             .collect();
         at.sort();
@@ -128,7 +171,7 @@ impl HostRoots {
     }
 
     /// Whether a device of `family`, or the file with this device and inode, is swap space.
-    pub(super) fn swaps(&self, family: &BTreeSet<DevName>, file: Option<(u64, u64)>) -> bool {
+    pub(crate) fn swaps(&self, family: &BTreeSet<DevName>, file: Option<(u64, u64)>) -> bool {
         let text = fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
         text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).any(|path| {
             let path = PathBuf::from(unescape(path));
@@ -140,12 +183,8 @@ impl HostRoots {
 }
 
 /// Number of the block device at `path`; `None` when there is none.
-fn device_of(path: &Path) -> Option<DevName> {
-    if !path.is_absolute() {
-        return None;
-    }
-    let metadata = fs::metadata(path).ok()?;
-    metadata.file_type().is_block_device().then(|| sysfs_name(device_numbers(metadata.rdev())))
+pub(crate) fn device_of(path: &Path) -> Option<DevName> {
+    path.is_absolute().then(|| block_device_at(path)).flatten().map(sysfs_name)
 }
 
 fn first_line(path: &Path) -> Option<String> {
@@ -178,6 +217,10 @@ fn holders(directory: &Path) -> Vec<(String, Option<DevName>)> {
     found
 }
 
+fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
+    mountinfo.lines().filter_map(mount).collect()
+}
+
 /// One line of mountinfo: `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`.
 fn mount(line: &str) -> Option<Mount> {
     let (left, right) = line.split_once(" - ")?;
@@ -185,7 +228,8 @@ fn mount(line: &str) -> Option<Mount> {
     let dev = left.nth(2)?.to_owned();
     let at = unescape(left.nth(1)?);
     let source = unescape(right.split(' ').nth(1)?);
-    Some(Mount { dev, at, source })
+    let shared = left.skip(1).any(|field| field.starts_with("shared:"));
+    Some(Mount { dev, at, source, shared })
 }
 
 /// The kernel writes blanks and backslashes in paths as octal: `\040`.
@@ -223,8 +267,8 @@ mod tests {
     #[test]
     fn a_line_of_mountinfo_is_understood() {
         let line = r"36 35 8:17 / /mnt\0402 rw shared:1 master:2 - ext4 /dev/sdb1 rw";
-        let expected =
-            Mount { dev: "8:17".into(), at: "/mnt 2".into(), source: "/dev/sdb1".into() };
+        let (dev, at, source) = ("8:17".into(), "/mnt 2".into(), "/dev/sdb1".into());
+        let expected = Mount { dev, at, source, shared: true };
         assert_eq!(mount(line), Some(expected));
         assert_eq!(mount("nonsense"), None);
     }

@@ -14,7 +14,7 @@ impl Host {
         let dir = crate::sys::disk_dir();
         let roots = HostRoots { proc: dir.path().join("proc"), sys: dir.path().join("sys") };
         let host = Self { dir, roots };
-        host.put("proc/self/mountinfo", "");
+        host.put("proc/thread-self/mountinfo", "");
         host.put("proc/swaps", "Filename Type Size Used Priority\n");
         host
     }
@@ -107,7 +107,7 @@ fn every_failed_prerequisite_is_named_not_just_the_first() {
     host.put("proc/swaps", &format!("Filename\n{} file 1 0 -2\n", image.display()));
     host.put("sys/block/loop3/dev", "7:3\n");
     host.put("sys/block/loop3/loop/backing_file", &format!("{}\n", image.display()));
-    host.put("proc/self/mountinfo", "1 2 7:3 / /mnt/a\\040b rw - ext4 /dev/loop3 rw\n");
+    host.put("proc/thread-self/mountinfo", "1 2 7:3 / /mnt/a\\040b rw - ext4 /dev/loop3 rw\n");
     assert_eq!(host.check(&request, &[other]), [4022, 4024, 4012, 4014, 4025, 4019]);
     let places = OwnPlaces { state: "/dev/shm/x".into(), run: "/dev/shm/y".into() };
     let problems = preflight(&host.roots, &request, &places, &[]);
@@ -150,7 +150,7 @@ fn users_of_partitions_and_of_what_is_built_on_them_count() {
     host.put("sys/dev/block/8:17/holders/dm-0/dev", "253:0\n");
     host.put("sys/dev/block/253:0/dev", "253:0\n");
     host.put(
-        "proc/self/mountinfo",
+        "proc/thread-self/mountinfo",
         "1 0 8:99 / /other rw - ext4 /dev/nothing rw\n2 0 253:0 / /srv rw - xfs /dev/none rw\n",
     );
     let problems = host.users("8:16", &nowhere());

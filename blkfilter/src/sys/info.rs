@@ -1,7 +1,10 @@
 //! What the kernel says of a file or block device: sizes, block sizes, alignment.
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 mod ioctl {
     // The kernel's header says size_t here, the value is always 64 bits wide.
@@ -87,9 +90,35 @@ pub fn direct_alignment(file: &impl AsFd) -> Option<DirectAlignment> {
     })
 }
 
+/// Number, major and minor, of the block device that `path` leads to; none for anything else. Asks
+/// no file server and mounts nothing, so it does not wait for one that is dead.
+#[must_use]
+pub fn block_device_at(path: &Path) -> Option<(u64, u64)> {
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
+    let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is a string that ends in a zero and lives until the call returns; the
+    // kernel fills the structure, which is valid for the call.
+    let rc = unsafe {
+        libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_TYPE, answer.as_mut_ptr())
+    };
+    // SAFETY: all bytes were zeroed above, which is a valid statx, and the kernel wrote whole fields.
+    let answer = unsafe { answer.assume_init() };
+    let is_block = u32::from(answer.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
+    let number = (u64::from(answer.stx_rdev_major), u64::from(answer.stx_rdev_minor));
+    (rc == 0 && is_block).then_some(number)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_block_devices_have_a_number() {
+        for path in ["/dev/null", "/proc/self/stat", "/nonexistent"] {
+            assert_eq!(block_device_at(Path::new(path)), None, "{path}");
+        }
+    }
 
     #[test]
     fn a_regular_file_is_no_block_device() {

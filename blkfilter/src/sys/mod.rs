@@ -9,6 +9,8 @@ pub mod aligned;
 pub mod clock;
 pub mod fdpass;
 pub mod info;
+pub mod isolate;
+pub mod netlink;
 pub mod pool;
 pub mod pool_reader;
 pub mod process;

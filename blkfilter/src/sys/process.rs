@@ -15,6 +15,9 @@ use super::wake::Event;
 /// `CAP_IPC_LOCK`: bit in the effective capabilities.
 const CAP_IPC_LOCK: u32 = 14;
 
+/// `CAP_SYS_ADMIN`: likewise.
+const CAP_SYS_ADMIN: u32 = 21;
+
 /// From linux/prctl.h; libc does not name it for this target.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
@@ -36,7 +39,7 @@ pub fn become_io_flusher() -> io::Result<()> {
 /// beyond the limit would fail, which is worse than being swapped.
 pub fn lock_memory() -> io::Result<()> {
     let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
-    if soft != libc::RLIM_INFINITY && !may_lock_all() {
+    if soft != libc::RLIM_INFINITY && !has_capability(CAP_IPC_LOCK) {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
@@ -44,11 +47,17 @@ pub fn lock_memory() -> io::Result<()> {
     mlockall(flags).map_err(io::Error::from)
 }
 
-fn may_lock_all() -> bool {
+/// Whether the process may make and remove block devices.
+#[must_use]
+pub fn may_administer() -> bool {
+    has_capability(CAP_SYS_ADMIN)
+}
+
+fn has_capability(number: u32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
-    bits.is_some_and(|bits| bits >> CAP_IPC_LOCK & 1 == 1)
+    bits.is_some_and(|bits| bits >> number & 1 == 1)
 }
 
 /// The event that SIGTERM and SIGINT set; kept for ever, because a handler cannot be sure that it

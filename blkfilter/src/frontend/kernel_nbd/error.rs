@@ -69,3 +69,11 @@ pub enum KernelNbdError {
         error: io::Error,
     },
 }
+
+/// For `map_err`: names what was tried; a time-out is the kernel's.
+pub(super) fn system(what: &'static str, limit: Duration) -> impl Fn(io::Error) -> KernelNbdError {
+    move |error| match error.kind() {
+        io::ErrorKind::TimedOut => KernelNbdError::Hangs { what, limit },
+        _ => KernelNbdError::System { what, error },
+    }
+}

@@ -1,16 +1,59 @@
 //! A block device by the kernel's own NBD client: the way of attaching where ublk is missing.
+//!
+//! The kernel gets one end of each of a few socket pairs by generic netlink, together with all
+//! that a client would negotiate; the other ends are served by our [NBD server](super::nbd) from
+//! the transmission phase on. Owns the sockets, the threads and the kernel's device; knows nothing
+//! of what is served.
+//!
+//! # A restart
+//! The device outlives the process: it is attached with a long dead-connection timeout, and a new
+//! process brings it new sockets (RECONFIGURE). It is known as ours by its backend identifier,
+//! which the kernel shows in `/sys/block/nbdN/backend` and checks itself when it is reconfigured;
+//! so a stranger's device is never touched. The `pid` file proves nothing: it names the thread
+//! that attached, alive or not.
+//!
+//! Requests that were in flight on a dead connection are sent again only when the kernel's request
+//! timer looks at them. How that works differs:
+//!
+//! - **One connection** (the default): the device is told no timeout. The timer then never ends a
+//!   connection, however slow the storage is; it only finds requests whose connection was replaced
+//!   meanwhile. So the timer may be short, and 5 s is what in-flight requests wait at most, from
+//!   its last look on.
+//! - **Several connections**: the kernel takes a request older than the timeout for lost, ends its
+//!   connection and sends it again on another. A timeout below what the storage may need under
+//!   load would repeat requests for ever and answer none, so it is 30 s, and so long do in-flight
+//!   requests wait after a crash.
+//!
+//! Either way a request may be executed twice: once by the dead process or on the ended
+//! connection, once again. A thread replaces its connection only when everything it had in flight
+//! on the old one has come back, so storage that hangs is not heaped with repetitions.
+//! New requests wait only for the new connection; after an orderly [`Server::leave`] all do.
+//!
+//! # What is not set
+//! `DISCONNECT_ON_CLOSE`: the device would vanish when a file system is unmounted for a check.
+//! `DESTROY_ON_DISCONNECT`: the number would be gone with it, and the partition limit of the
+//! module with it; a free device costs nothing.
 
+mod client;
 mod error;
+mod message;
+mod place;
+mod server;
+mod sysfs;
+#[cfg(test)]
+mod tests;
 
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use farshore_extent::VolumeSize;
-
 pub use error::{KernelNbdError, Unavailable};
+pub use place::Health;
+pub use server::{Server, available, existing, remove_stale};
 
-use crate::device::Device;
+/// Longest identifier in bytes.
+pub const MAX_IDENTIFIER: usize = 128;
+
+/// How long an attach waits for the search for partitions on a new device.
+const SCAN_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the kernel's client can do here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +69,11 @@ pub struct Config {
     pub number: Option<u32>,
     /// How the device is known as ours after a restart: the volume's id, unique on the host.
     pub identifier: String,
-    /// Sockets, each with a thread and a queue of its own; 0: what suits best.
+    /// Sockets, each with a thread and a queue of its own, at most one for each processor; 0: one.
+    /// Only for a new device.
     pub connections: u16,
-    /// How long a request may be outstanding before the kernel looks after it; `None`: what suits
-    /// best.
+    /// How long a request may be outstanding before the kernel looks after it; `None`: 5 s with
+    /// one connection, 30 s with several. With several, only for a new device.
     pub request_timeout: Option<Duration>,
     /// How long the kernel keeps guests waiting for a new connection before it fails their
     /// requests.
@@ -57,95 +101,6 @@ pub struct Existing {
     pub number: u32,
     /// The identifier it was attached with, if by us.
     pub identifier: Option<String>,
-}
-
-/// Whether volumes can be attached by the kernel's client on this host.
-///
-/// # Errors
-/// [`Unavailable`] says why not and what to do.
-pub fn available() -> Result<Support, Unavailable> {
-    let why = "the front end for the kernel's NBD client is not built into this program";
-    Err(Unavailable { why: why.into(), remedy: "use another way of attaching".into() })
-}
-
-/// The attached device `number`; `None` when it is free.
-#[must_use]
-pub fn existing(number: u32) -> Option<Existing> {
-    let _ = number;
-    None
-}
-
-/// Removes the device `number` if it is `identifier`'s and nobody serves it. Returns whether it
-/// was.
-///
-/// # Errors
-/// [`KernelNbdError`].
-pub fn remove_stale(
-    number: u32,
-    identifier: &str,
-    limit: Duration,
-) -> Result<bool, KernelNbdError> {
-    let _ = (number, identifier, limit);
-    Ok(false)
-}
-
-/// An attached device and the threads that serve it.
-pub struct Server {
-    number: u32,
-    recovered: bool,
-}
-
-impl Server {
-    /// Attaches `device`, or goes on with the device that an earlier process left behind.
-    ///
-    /// # Errors
-    /// [`KernelNbdError`].
-    pub fn start(device: Arc<dyn Device>, config: Config) -> Result<Self, KernelNbdError> {
-        let _ = (device, config);
-        Err(available().err().map_or(KernelNbdError::Gone(0), KernelNbdError::from))
-    }
-
-    /// The N of `/dev/nbdN`.
-    #[must_use]
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
-    /// The device's node.
-    #[must_use]
-    pub fn block_device(&self) -> PathBuf {
-        PathBuf::from(format!("/dev/nbd{}", self.number))
-    }
-
-    /// Whether the device was there already and its users have noticed nothing.
-    #[must_use]
-    pub fn recovered(&self) -> bool {
-        self.recovered
-    }
-
-    /// Tells the kernel the new size.
-    ///
-    /// # Errors
-    /// [`KernelNbdError`].
-    pub fn resize(&self, size: VolumeSize) -> Result<(), KernelNbdError> {
-        let _ = size;
-        Err(KernelNbdError::Gone(self.number))
-    }
-
-    /// Ends the connections and keeps the kernel's device: its users wait for the next
-    /// [`Self::start`]. Returns whether everything that had arrived was answered.
-    #[must_use]
-    pub fn leave(self, grace: Duration) -> bool {
-        let _ = grace;
-        true
-    }
-
-    /// Disconnects the device.
-    ///
-    /// # Errors
-    /// [`KernelNbdError`].
-    pub fn remove(self, grace: Duration) -> Result<(), KernelNbdError> {
-        let _ = grace;
-        Err(KernelNbdError::Gone(self.number))
-    }
+    /// Whose it is, for people.
+    pub owner: String,
 }

@@ -11,7 +11,7 @@ use super::negotiation::{Negotiation, Next, Tls, refuse};
 use super::request::Mode;
 use super::socket::Socket;
 use super::wire::{ClientFlags, OPTION_LEN, decode_option, greeting, option, reply};
-use crate::device::{DeviceError, Queue};
+use crate::device::{Device, DeviceError, Queue};
 
 /// How a handshake did not lead to transmission. All of these are the peer's affair.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub enum Start {
 
 /// What transmission needs.
 pub struct Settled {
-    pub offer: Arc<Offer>,
+    pub device: Arc<dyn Device>,
     pub mode: Mode,
     pub queue: Box<dyn Queue>,
 }
@@ -49,7 +49,7 @@ pub fn negotiate(
     exports: &Exports,
     start: Start,
     limit: Duration,
-) -> Result<Option<Settled>, HandshakeError> {
+) -> Result<Option<(Arc<Offer>, Settled)>, HandshakeError> {
     socket.limit_waits(Some(limit))?;
     let until = Instant::now() + limit * 10; // a person may type the options
     let (tls, flags) = match start {
@@ -80,11 +80,12 @@ pub fn negotiate(
             Next::Drop(why) => return Err(HandshakeError::Protocol(why)),
             Next::Enter(offer) => {
                 let mode = negotiation.mode(&offer);
-                match offer.export.device.clone().open_queue() {
+                let device = offer.export.device.clone();
+                match device.clone().open_queue() {
                     Ok(queue) => {
                         socket.send_all(&out)?;
                         socket.limit_waits(None)?;
-                        return Ok(Some(Settled { offer, mode, queue }));
+                        return Ok(Some((offer, Settled { device, mode, queue })));
                     }
                     Err(error) => {
                         refuse_entry(socket, option, error, &mut out)?;

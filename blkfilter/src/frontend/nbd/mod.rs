@@ -10,6 +10,7 @@
 //! Protocol: `doc/proto.md` of the NetworkBlockDevice project. Not offered: oldstyle, extended
 //! headers, fast zero, cache, resize.
 
+mod direct;
 mod export;
 mod handshake;
 mod inbox;
@@ -28,5 +29,7 @@ mod tests;
 mod transmission;
 pub mod wire;
 
+pub use direct::Direct;
 pub use export::{Export, ExportError, ExportSummary, Exports};
+pub use request::export_flags;
 pub use server::{Config, Server, serve, serve_after_starttls};

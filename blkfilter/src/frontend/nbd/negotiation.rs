@@ -58,7 +58,7 @@ impl<'a> Negotiation<'a> {
     pub fn mode(&self, offer: &Offer) -> Mode {
         let same = |name: &String| *name == offer.export.name;
         let allocation = self.selected.as_ref().is_some_and(same);
-        Mode { structured: self.structured, allocation, untold: self.untold }
+        Mode { structured: self.structured, allocation, untold: self.untold, ..Mode::default() }
     }
 
     /// Handles one option; appends its replies to `out`.

@@ -16,6 +16,11 @@ pub struct Mode {
     /// The client was told no block sizes (EXPORT_NAME): reads may begin and end at any byte,
     /// and requests may be larger than what others are told.
     pub untold: bool,
+    /// The client is the kernel. It fails a guest's request for good where another client would
+    /// try again, and cannot be told when what it was told once is true no more.
+    pub kernel: bool,
+    /// The client was told that there is no cache: every write is durable before its answer.
+    pub durable: bool,
 }
 
 impl Mode {
@@ -94,7 +99,7 @@ pub fn plan(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Plan {
 
 fn decide(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<Plan, ErrorNumber> {
     check_flags(raw, info, mode)?;
-    let fua = raw.flags & command_flag::FUA != 0;
+    let fua = mode.durable || raw.flags & command_flag::FUA != 0;
     match raw.command {
         command::READ => {
             if raw.len > mode.largest() {
@@ -125,7 +130,7 @@ fn decide(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<Plan, Error
             let extent = range(raw, info, ErrorNumber::INVAL)?;
             Ok(extent.map_or(Plan::Nothing, |extent| Plan::Zero { extent, fua, may_unmap: true }))
         }
-        command::FLUSH if info.volatile_cache => Ok(Plan::Flush),
+        command::FLUSH if info.volatile_cache || mode.kernel => Ok(Plan::Flush),
         command::BLOCK_STATUS if mode.allocation => {
             let one = raw.flags & command_flag::REQ_ONE != 0;
             let extent = range(raw, info, ErrorNumber::INVAL)?.ok_or(ErrorNumber::INVAL)?;
@@ -139,7 +144,7 @@ fn decide(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<Plan, Error
 /// Refuses flags that mean nothing for the command or were not advertised. FUA alone is allowed
 /// on every command once it was.
 fn check_flags(raw: &RawRequest, info: &DeviceInfo, mode: Mode) -> Result<(), ErrorNumber> {
-    let fua = if info.volatile_cache { command_flag::FUA } else { 0 };
+    let fua = if info.volatile_cache || mode.kernel { command_flag::FUA } else { 0 };
     let own = match raw.command {
         command::READ if mode.structured => command_flag::DF,
         command::WRITE_ZEROES => command_flag::NO_HOLE,
@@ -209,7 +214,8 @@ mod tests {
         RawRequest { flags, command, cookie: 1, offset, len }
     }
 
-    const ALL: Mode = Mode { structured: true, allocation: true, untold: false };
+    const ALL: Mode =
+        Mode { structured: true, allocation: true, untold: false, kernel: false, durable: false };
 
     #[test]
     fn errors_are_the_ones_the_protocol_names() {

@@ -251,8 +251,7 @@ fn serve_socket<G>(
         return debug!(%error, "nbd: connection failed before the handshake");
     }
     match negotiate(socket, exports, start, handshake_wait) {
-        Ok(Some(settled)) => {
-            let offer = settled.offer.clone();
+        Ok(Some((offer, settled))) => {
             let Some(_visit) = offer.enter(socket) else { return }; // removed meanwhile
             let _counted = entered();
             debug!(export = offer.export.name, "nbd: client in transmission");

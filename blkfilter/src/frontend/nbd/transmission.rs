@@ -66,6 +66,8 @@ pub struct Transmission {
     done: Vec<Completion>,
     /// No further request is taken: the client left, was cut or spoke nonsense.
     closed: bool,
+    /// The client said goodbye.
+    goodbye: bool,
     /// Nothing can be sent any more.
     broken: bool,
     /// The last receive was full: more is probably waiting.
@@ -79,7 +81,7 @@ pub struct Transmission {
 impl Transmission {
     /// A connection that has just left the option phase.
     pub fn new(socket: Arc<Socket>, settled: Settled) -> Self {
-        let device = settled.offer.export.device.clone();
+        let device = settled.device;
         Self {
             socket,
             info: device.info(),
@@ -92,6 +94,7 @@ impl Transmission {
             outbox: Outbox::default(),
             done: Vec::new(),
             closed: false,
+            goodbye: false,
             broken: false,
             more: true,
             starved: 0,
@@ -99,8 +102,9 @@ impl Transmission {
         }
     }
 
-    /// Serves until the client leaves or is cut, and everything in flight has come back.
-    pub fn run(mut self) {
+    /// Serves until the client leaves or is cut, and everything in flight has come back. Returns
+    /// whether the client said goodbye.
+    pub fn run(mut self) -> bool {
         loop {
             let next = self.take_group();
             let mut progress = self.reap();
@@ -121,6 +125,7 @@ impl Transmission {
             }
         }
         self.incoming.abandon(&mut *self.queue);
+        self.goodbye
     }
 
     fn take_group(&mut self) -> Next {
@@ -161,7 +166,10 @@ impl Transmission {
     fn begin(&mut self, raw: RawRequest) {
         let plan = plan(&raw, &self.info, self.mode);
         match plan {
-            Plan::Disconnect => self.closed = true,
+            Plan::Disconnect => {
+                self.closed = true;
+                self.goodbye = true;
+            }
             Plan::Nothing => self.answer_now(&raw, None),
             Plan::Refuse(error) if raw.payload_len() == 0 => self.answer_now(&raw, Some(error)),
             Plan::Refuse(error) => self.begin_refused(&raw, error),
@@ -325,7 +333,9 @@ impl Transmission {
             self.starved += 1;
             if self.starved > STARVED_TRIES {
                 self.starved = 0;
-                return self.refuse_starved();
+                if !self.mode.kernel {
+                    return self.refuse_starved();
+                }
             }
         }
         if self.poll(wants, starved) {

@@ -130,18 +130,21 @@ impl<K: Kernel> Plane<K> {
         }
     }
 
-    /// Serves until there is a reason not to.
-    pub(super) fn run(&mut self) -> Exit {
-        loop {
+    /// Serves until there is a reason not to, and until the device has let go of everything.
+    /// Gives the kernel's side back: see [`QueueRing`] for when it may be dropped.
+    pub(super) fn run(mut self) -> (Exit, K) {
+        let exit = loop {
             let starved = !self.held.is_empty() && self.queue.in_flight() == 0;
             let limit = starved.then_some(STARVED_WAIT);
             if let Err(error) = self.kernel.enter(limit, &mut self.events) {
-                return Exit::Failed(format!("io_uring: {error}"));
+                break Exit::Failed(format!("io_uring: {error}"));
             }
             if let Err(exit) = self.turn() {
-                return exit;
+                break exit;
             }
-        }
+        };
+        drop(self.queue);
+        (exit, self.kernel)
     }
 
     /// Deals with everything that has happened.

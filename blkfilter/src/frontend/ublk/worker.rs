@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use super::error::UblkError;
 use super::plane::{Exit, Plane};
 use crate::device::Device;
-use crate::sys::ublk::queue::{Payloads, Prepared};
+use crate::sys::ublk::queue::{Payloads, Prepared, QueueRing};
 use crate::sys::ublk::uapi::{DevInfo, feature};
 use crate::sys::wake::Event;
 
@@ -98,7 +98,8 @@ impl Failures {
 
 #[derive(Debug)]
 struct Worker {
-    thread: JoinHandle<()>,
+    /// Its ring must outlive it.
+    thread: JoinHandle<Option<QueueRing>>,
     go: SyncSender<Arc<File>>,
     stop: Arc<Event>,
 }
@@ -143,7 +144,9 @@ impl Workers {
             let thread = Builder::new().name(format!("ublk-{}.{queue}", info.device));
             let run = move || {
                 let mut ending = Ending(Arc::clone(&board), None);
-                ending.1 = Some(serve(job, &begin, &board));
+                let (exit, ring) = serve(job, &begin, &board);
+                ending.1 = Some(exit);
+                ring
             };
             let thread = thread.spawn(run).map_err(|error| all.error(&error.to_string()))?;
             all.workers.push(Worker { thread, go, stop });
@@ -220,13 +223,22 @@ impl Drop for Workers {
 }
 
 /// One queue thread.
-fn serve(job: Job, begin: &Receiver<Arc<File>>, board: &Board) -> Exit {
+fn serve(job: Job, begin: &Receiver<Arc<File>>, board: &Board) -> (Exit, Option<QueueRing>) {
+    match try_serve(job, begin, board) {
+        Ok((exit, ring)) => (exit, Some(ring)),
+        Err(exit) => (exit, None),
+    }
+}
+
+fn try_serve(
+    job: Job,
+    begin: &Receiver<Arc<File>>,
+    board: &Board,
+) -> Result<(Exit, QueueRing), Exit> {
+    let failed = |why: &dyn std::fmt::Display| Exit::Failed(why.to_string());
     let Job { device, info, queue: index, cpus, stop } = job;
     stay_on(&cpus);
-    let queue = match Arc::clone(&device).open_queue() {
-        Ok(queue) => queue,
-        Err(error) => return Exit::Failed(error.to_string()),
-    };
+    let queue = Arc::clone(&device).open_queue().map_err(|error| failed(&error))?;
     let payloads = if info.flags & feature::USER_COPY != 0 {
         Payloads::UserCopy
     } else {
@@ -236,19 +248,13 @@ fn serve(job: Job, begin: &Receiver<Arc<File>>, board: &Board) -> Exit {
         Ok(vec![wake, stop.as_fd().try_clone_to_owned()?]) // see plane::STOP
     });
     let prepared = watched.and_then(|watched| Prepared::new(index, info.depth, payloads, watched));
-    let prepared = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => return Exit::Failed(error.to_string()),
-    };
+    let prepared = prepared.map_err(|error| failed(&error))?;
     board.note(|progress| progress.prepared += 1);
     // Closed when the device does not come about.
-    let Ok(file) = begin.recv() else { return Exit::Left };
-    let ring = match prepared.fetch(file) {
-        Ok(ring) => ring,
-        Err(error) => return Exit::Failed(error.to_string()),
-    };
+    let file = begin.recv().map_err(|_| Exit::Left)?;
+    let ring = prepared.fetch(file).map_err(|error| failed(&error))?;
     board.note(|progress| progress.fetched += 1);
-    Plane::new(ring, device, queue, stop).run()
+    Ok(Plane::new(ring, device, queue, stop).run())
 }
 
 /// Runs where the requests come from. Only speed depends on it.

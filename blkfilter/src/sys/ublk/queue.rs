@@ -213,6 +213,11 @@ impl Prepared {
 }
 
 /// A queue being served.
+///
+/// Drop it only after its thread has ended, unless every tag has [`Event::Ended`]. The end of the
+/// thread cancels the fetches in the thread's own context; when the ring is closed before, a worker
+/// of the kernel cancels them at the same time as the thread may still be handed a request, which
+/// Linux 6.12 then forgets: the device never comes to rest and no other server can have it.
 pub struct QueueRing {
     ring: IoUring,
     queue: u16,

@@ -133,7 +133,7 @@ fn run(mut fake: Fake, device: Arc<dyn Device>) -> (Exit, Vec<Answer>) {
     fake.stop = Some(Arc::clone(&stop));
     let answers = Arc::clone(&fake.answers);
     let queue = Arc::clone(&device).open_queue().unwrap();
-    let exit = Plane::new(fake, device, queue, stop).run();
+    let (exit, _) = Plane::new(fake, device, queue, stop).run();
     let mut answers = std::mem::take(&mut *answers.lock().unwrap());
     answers.sort_unstable_by_key(|(number, ..)| *number);
     (exit, answers)

@@ -4,6 +4,9 @@ mod cable;
 mod files;
 mod host_cut;
 mod kernel;
+mod kernel_nbd;
+#[path = "../../../benches/load/plain.rs"]
+mod plain;
 mod power;
 mod selftest;
 mod verify;
@@ -11,7 +14,8 @@ mod verify;
 use crate::{Case, Group, Scenario};
 
 /// One boot each.
-pub const GROUPS: &[Group] = &[kernel::GROUP, kernel::NEWEST_GROUP, verify::GROUP, files::GROUP];
+pub const GROUPS: &[Group] =
+    &[kernel::GROUP, kernel::NEWEST_GROUP, kernel_nbd::GROUP, verify::GROUP, files::GROUP];
 
 /// Several boots or machines each.
 pub const SCENARIOS: &[Scenario] =
@@ -21,6 +25,7 @@ pub const SCENARIOS: &[Scenario] =
 pub const STEPS: &[(&str, &[Case])] = &[
     ("cable", cable::STEPS),
     ("host_cut", host_cut::STEPS),
+    ("kernel_nbd", kernel_nbd::STEPS),
     ("power", power::STEPS),
     ("selftest", selftest::STEPS),
 ];

@@ -29,6 +29,10 @@
 //! on the old one has come back, so storage that hangs is not heaped with repetitions.
 //! New requests wait only for the new connection; after an orderly [`Server::leave`] all do.
 //!
+//! Measured on Linux 6.12 in a virtual machine without KVM, fio at depth 8, one connection: killed
+//! and started again, the device is served after 0.2 to 1.0 s and the requests that were in flight
+//! are answered after 5.7 to 6.2 s; after an orderly leave there is no wait beyond the first.
+//!
 //! # What is not set
 //! `DISCONNECT_ON_CLOSE`: the device would vanish when a file system is unmounted for a check.
 //! `DESTROY_ON_DISCONNECT`: the number would be gone with it, and the partition limit of the

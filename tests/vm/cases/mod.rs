@@ -9,13 +9,21 @@ mod kernel_nbd;
 mod plain;
 mod power;
 mod selftest;
+mod ublk_front;
 mod verify;
 
 use crate::{Case, Group, Scenario};
 
 /// One boot each.
-pub const GROUPS: &[Group] =
-    &[kernel::GROUP, kernel::NEWEST_GROUP, kernel_nbd::GROUP, verify::GROUP, files::GROUP];
+pub const GROUPS: &[Group] = &[
+    kernel::GROUP,
+    kernel::NEWEST_GROUP,
+    kernel_nbd::GROUP,
+    verify::GROUP,
+    files::GROUP,
+    ublk_front::GROUP,
+    ublk_front::NEWEST_GROUP,
+];
 
 /// Several boots or machines each.
 pub const SCENARIOS: &[Scenario] =
@@ -28,4 +36,5 @@ pub const STEPS: &[(&str, &[Case])] = &[
     ("kernel_nbd", kernel_nbd::STEPS),
     ("power", power::STEPS),
     ("selftest", selftest::STEPS),
+    ("ublk_front", ublk_front::STEPS),
 ];

@@ -33,7 +33,7 @@ fn child_runs_filterd() {
     let mut config = Config::new(root.join("state"), root.join("run"));
     config.harden = false;
     config.release_grace = Duration::from_secs(2);
-    run(config, &shutdown).unwrap();
+    run(config, &shutdown, |_| ()).unwrap();
 }
 
 struct World {

@@ -11,7 +11,6 @@ use crate::harness::{Site, assert_same_bytes, run, said, wait_for};
 
 /// How the machine reaches a protected volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(dead_code, reason = "the ways through the kernel are not served yet")]
 pub enum Way {
     /// A ublk device of ours.
     Ublk,

@@ -22,6 +22,7 @@ mod failover;
 mod filterd_file;
 mod hosts;
 mod journal;
+mod notify;
 mod output;
 mod points;
 mod protect;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use farshore_agent::EnrollOptions;
 use farshore_agent::config::Config as AgentConfig;
-use farshore_blkfilter::filterd::Shutdown;
+use farshore_blkfilter::filterd::{Phase, Shutdown};
 use farshore_extent::{Problem, VolumeName};
 use farshore_protocol::paths::Paths;
 use farshore_protocol::token::{Token, TokenError};
@@ -15,8 +15,8 @@ use farshore_target::{InitOptions, init};
 
 use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
-use crate::filterd_file;
 use crate::output::Out;
+use crate::{filterd_file, notify};
 
 /// `target …`
 #[derive(Debug, Subcommand)]
@@ -217,7 +217,12 @@ pub fn filterd(global: &Global) -> Result<Exit, Failure> {
         Some((text, name)) => filterd_file::parse(&text, &name, &paths)?,
         None => filterd_file::load(&paths)?,
     };
-    farshore_blkfilter::filterd::run(config, &shutdown)?;
+    // Nobody but root writes what the daemon makes; its directories say for themselves who reads.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    farshore_blkfilter::filterd::run(config, &shutdown, |phase| match phase {
+        Phase::Ready => notify::ready(),
+        Phase::Stopping => notify::stopping(),
+    })?;
     Ok(Exit::Ok)
 }
 

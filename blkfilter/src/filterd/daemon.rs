@@ -150,22 +150,37 @@ impl Drop for Attaching {
     }
 }
 
+/// Where a running daemon is, for the service manager.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It answers, and every volume that can be is attached.
+    Ready,
+    /// It was asked to stop.
+    Stopping,
+}
+
 /// Runs the daemon until it is asked to stop.
 ///
 /// # Errors
 /// As [`Daemon::start`].
-pub fn run(config: Config, shutdown: &Shutdown) -> Result<(), Problem> {
+pub fn run(config: Config, shutdown: &Shutdown, tell: impl Fn(Phase)) -> Result<(), Problem> {
     let daemon = Daemon::start(config)?;
+    tell(Phase::Ready);
     if let Err(error) = shutdown.wait(None) {
         tracing::error!(%error, "cannot wait for a signal, stopping");
     }
     tracing::info!("asked to stop");
+    tell(Phase::Stopping);
     let again = daemon.stop();
     tracing::info!(to_be_copied_again = again.len(), "stopped");
     Ok(())
 }
 
 fn harden() {
+    // Who kills it stops every disk that it serves.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        tracing::debug!(%error, "the OOM killer may choose this process");
+    }
     if let Err(error) = process::lock_memory() {
         tracing::info!(%error, "memory is not locked; under memory pressure writes may be slow");
     }

@@ -18,6 +18,6 @@ mod state;
 mod users;
 
 pub use config::Config;
-pub use daemon::{Daemon, run};
+pub use daemon::{Daemon, Phase, run};
 pub use problem::{AHEAD_OF_LOG, RECORDS_GONE};
 pub use shutdown::Shutdown;

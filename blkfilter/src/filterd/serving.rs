@@ -16,6 +16,10 @@ use crate::frontend::kernel_nbd::{self, KernelNbdError};
 use crate::frontend::nbd::{self, Export, Exports};
 use crate::frontend::ublk::{self, UblkError};
 
+/// How long the ublk driver, and the start of a queue, may take: a host under load is slow, and a
+/// driver that hangs stays so.
+const DRIVER: Duration = Duration::from_secs(30);
+
 /// Longest wait for the kernel to remove a device that nobody serves.
 const REMOVAL: Duration = Duration::from_secs(10);
 
@@ -49,7 +53,9 @@ impl Serving {
             Front::Ublk { number } => {
                 let owner = owner(record.volume);
                 let number = Some(*number);
-                let config = ublk::Config { number, owner, queues, ..ublk::Config::default() };
+                let limit = DRIVER;
+                let config =
+                    ublk::Config { number, owner, queues, limit, ..ublk::Config::default() };
                 match ublk::Server::start(device, config) {
                     Ok(server) => Ok(Self::Ublk(server)),
                     Err(UblkError::NotOurs { .. }) => Err(NotStarted::Taken),

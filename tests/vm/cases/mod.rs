@@ -5,6 +5,7 @@ mod files;
 mod host_cut;
 mod kernel;
 mod kernel_nbd;
+mod life;
 #[path = "../../../benches/load/plain.rs"]
 mod plain;
 mod power;
@@ -23,6 +24,8 @@ pub const GROUPS: &[Group] = &[
     files::GROUP,
     ublk_front::GROUP,
     ublk_front::NEWEST_GROUP,
+    life::UBLK_GROUP,
+    life::NBD_GROUP,
 ];
 
 /// Several boots or machines each.

@@ -71,7 +71,7 @@ pub struct UnprotectArgs {
     /// Which volume
     #[arg(value_parser = volume_name)]
     name: VolumeName,
-    /// Disconnect its clients first
+    /// Disconnect the clients of a socket first; a block device in use is never taken away
     #[arg(long)]
     force: bool,
 }

@@ -19,12 +19,12 @@ pub enum Request {
     Protect(ProtectRequest),
     /// The preflight of `Protect` alone: every failed prerequisite, nothing changed.
     Preflight(ProtectRequest),
-    /// Stop protecting; the backing device keeps its content. Refused while clients are connected
-    /// unless `force`.
+    /// Stop protecting; the backing device keeps its content. Refused while a block device is in
+    /// use, and while clients are connected to a socket unless `force`.
     Unprotect {
         /// Which volume.
         name: VolumeName,
-        /// Disconnect clients first.
+        /// Disconnect the clients of a socket first.
         force: bool,
     },
     /// Cut a marker over the volumes, at one number of the host's counter.

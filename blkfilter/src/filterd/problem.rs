@@ -89,7 +89,8 @@ pub(super) fn opened(name: &str, device: &Path, users: &Users) -> Problem {
         2036,
         format!("cannot stop protecting {name}: {} is open", device.display()),
         users.to_string(),
-        "end these programs, or use --force: everything they do on the device fails then",
+        "end these programs and try again; --force does not help: the kernel keeps a device that is \
+         open, and what they still write would be lost",
     )
 }
 

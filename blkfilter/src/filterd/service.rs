@@ -30,6 +30,9 @@ const MAX_DRAIN: Duration = Duration::from_secs(3600);
 /// Possible sizes of a pool, in bytes.
 const POOL_SIZES: std::ops::RangeInclusive<u64> = 8 << 20..=64 << 30;
 
+/// How long udev and its like may look at a device that is to go away.
+const PASSING: Duration = Duration::from_secs(3);
+
 /// Somebody else holds the exclusive claim on the backing.
 const CLAIMED: Code = Code(4016);
 
@@ -255,7 +258,7 @@ impl Service {
         }
         if let Some(record) = self.missing_named(name) {
             let id = record.volume;
-            self.remove_left(&record.front, name.as_str(), id, force)?;
+            self.remove_left(&record.front, name.as_str(), id)?;
             self.ground.state.remove(id)?;
             lock(&self.missing).retain(|m| m.record.volume != id);
             return Ok(());
@@ -268,7 +271,7 @@ impl Service {
             _ => {}
         }
         if let Some(device) = volume.info.attachment.device() {
-            may_be_removed(name.as_str(), device, &volume.users(), force)?;
+            may_be_removed(name.as_str(), device, &settled(|| volume.users()))?;
         }
         if let Err(problem) = volume.end_serving(self.ground.config.client_grace) {
             if !volume.is_served() {
@@ -314,7 +317,7 @@ impl Service {
             if known || self.ground.state.has(old.volume) {
                 continue;
             }
-            match self.remove_left(&front, &old.name, old.volume, false) {
+            match self.remove_left(&front, &old.name, old.volume) {
                 Ok(()) => tracing::info!(
                     device = old.kernel,
                     volume = old.name,
@@ -327,18 +330,12 @@ impl Service {
     }
 
     /// Removes the block device of a volume that is not attached, if there is one.
-    fn remove_left(
-        &self,
-        front: &Front,
-        name: &str,
-        volume: VolumeId,
-        force: bool,
-    ) -> Result<(), Problem> {
+    fn remove_left(&self, front: &Front, name: &str, volume: VolumeId) -> Result<(), Problem> {
         let Ground { names, own, roots, .. } = &self.ground;
         let Some(kernel) = front.kernel_name() else { return Ok(()) };
         let device = PathBuf::from("/dev").join(&kernel);
-        let users = Users::of(roots, &kernel);
-        may_be_removed(name, &device, &users, force)?;
+        let users = settled(|| Users::of(roots, &kernel));
+        may_be_removed(name, &device, &users)?;
         let left = |why: String| problem::not_removed(name, &device, why, &users);
         front.remove_stale(volume).map_err(left)?;
         names.withdraw(&kernel, name);
@@ -429,15 +426,27 @@ impl Service {
     }
 }
 
-/// Whether a block device may be taken away from those who use it.
-fn may_be_removed(name: &str, device: &Path, users: &Users, force: bool) -> Result<(), Problem> {
+/// Users of a device, after those that look at every device for a moment have gone.
+fn settled(look: impl Fn() -> Users) -> Users {
+    let until = Instant::now() + PASSING;
+    loop {
+        let users = look();
+        if users.is_empty() || !users.only_passing() || Instant::now() > until {
+            return users;
+        }
+        // Nobody announces that a device was closed.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A block device in use is never taken away, not even by force: the kernel keeps it for those who
+/// have it open, and what they write would be lost.
+fn may_be_removed(name: &str, device: &Path, users: &Users) -> Result<(), Problem> {
     if users.in_kernel() {
         return Err(problem::in_kernel(name, device, users));
     }
-    if force || users.only_passing() {
-        return Ok(());
-    }
-    Err(problem::opened(name, device, users))
+    if users.only_passing() { Ok(()) } else { Err(problem::opened(name, device, users)) }
 }
 
 impl Serve for Service {

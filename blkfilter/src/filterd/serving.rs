@@ -128,7 +128,10 @@ impl Serving {
     pub(super) fn failed(&self) -> Option<String> {
         match self {
             Self::Ublk(server) => server.failed(),
-            Self::Nbd(_) | Self::Socket { .. } => None,
+            Self::Nbd(server) => {
+                server.health().gone.then(|| "it was disconnected by someone else".to_owned())
+            }
+            Self::Socket { .. } => None,
         }
     }
 

@@ -164,10 +164,12 @@ fn unprotect_is_refused_while_mounted_or_open_and_names_who(way: Way) {
         .stdin(File::open(&volume.device).expect("open"))
         .spawn()
         .expect("sleep");
-    let out = site.try_cli(&["unprotect", "data", "--yes"]);
-    refused(&out, "FS-2036", &format!("sleep (process {})", reader.id()));
-    site.cli(&["unprotect", "data", "--yes", "--force"]);
+    for force in [&[][..], &["--force"]] {
+        let out = site.try_cli(&[&["unprotect", "data", "--yes"][..], force].concat());
+        refused(&out, "FS-2036", &format!("sleep (process {})", reader.id()));
+    }
     reader.kill().and_then(|()| reader.wait()).expect("ended");
+    volume.unprotect();
     run("fsck.ext4", &["-f", "-n", text(&guest::disk("data"))]);
 }
 

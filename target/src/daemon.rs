@@ -20,7 +20,7 @@ use crate::catalogue::{Age, SharedCatalogue, SqliteCatalogue, VolumeRow};
 use crate::config::{Config, DataDir};
 use crate::replica::Replica;
 use crate::session::Registry;
-use crate::views::{self, Views};
+use crate::views::{self, Mark, Views};
 use crate::worker::{self, Work, WorkerThread};
 use crate::{admin, durable_fs, init, listener, problem, upkeep};
 
@@ -148,7 +148,7 @@ impl Daemon {
         let data = config.data_dir(&paths);
         let authority = Authority::load(&data.ca())?;
         let lock = take_lock(&data)?;
-        views::prepare(&data.views(), &paths)?;
+        views::prepare(&data.views(), &paths, Mark::of(authority.fingerprint()))?;
         let catalogue = SqliteCatalogue::open(&data.catalogue())?;
         let catalogue = SharedCatalogue::new(catalogue);
         let at_start = catalogue.lock().age()?;

@@ -318,6 +318,30 @@ pub fn export(why: &dyn Display) -> Problem {
     )
 }
 
+/// FS-6606: no block device could be made for a view.
+#[must_use]
+pub fn no_device(why: &dyn Display) -> Problem {
+    Problem::harmless(
+        6606,
+        "the view cannot be made a block device",
+        why.to_string(),
+        "farshore doctor --target shows what is missing (the daemon has to run as root); without \
+         --device any NBD client can use the view",
+    )
+}
+
+/// FS-6607: the device of a view is in use.
+#[must_use]
+pub fn device_in_use(path: &Path, users: &dyn Display) -> Problem {
+    let path = path.display();
+    Problem::harmless(
+        6607,
+        format!("the view is not closed: {path} is in use"),
+        users.to_string(),
+        format!("umount {path} or end what is named, and close the view again"),
+    )
+}
+
 /// FS-6605: a point could not be tagged.
 #[must_use]
 pub fn not_tagged(why: impl Into<String>) -> Problem {

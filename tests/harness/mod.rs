@@ -346,7 +346,7 @@ impl Site {
 
     pub fn open(&self, volume: &str, point: PointChoice) -> ViewInfo {
         let volume = VolumeName::new(volume).expect("name");
-        let request = OpenView { volume, point, scratch_bytes: 0, tls_listen: None };
+        let request = OpenView::new(volume, point);
         match self.ask_target(&TargetRequest::OpenView(request)) {
             Ok(TargetReply::View(view)) => view,
             other => panic!("the view did not open: {other:?}\n{}", self.logs()),

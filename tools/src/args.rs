@@ -221,6 +221,7 @@ mod tests {
             "point tag shop pgdata --app --name before-upgrade",
             "failover test shop --point app",
             "failover test shop --point tag:NAME --tls 0.0.0.0:10809",
+            "failover test shop --device --read-only",
             "failover cleanup",
             "failover cleanup shop --note fine",
             "failover list",

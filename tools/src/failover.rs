@@ -25,6 +25,12 @@ pub enum FailoverCommand {
         /// latest, app, p-12, tag:NAME, lsn:EPOCH.SEQ, or a time such as '2026-11-21 10:14'
         #[arg(long, default_value = "latest")]
         point: String,
+        /// Make it also a block device of this host, ready to be mounted
+        #[arg(long)]
+        device: bool,
+        /// Let nothing be written; a file system is then mounted without replaying its journal
+        #[arg(long)]
+        read_only: bool,
         /// Serve it also over the network, with TLS, on this address
         #[arg(long, value_name = "HOST:PORT")]
         tls: Option<String>,
@@ -47,12 +53,13 @@ pub enum FailoverCommand {
 /// `farshore failover …`
 pub fn run(command: &FailoverCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
     match command {
-        FailoverCommand::Test { volume, point, tls, scratch } => {
+        FailoverCommand::Test { volume, point, device, read_only, tls, scratch } => {
             let request = OpenView {
-                volume: volume.clone(),
-                point: choose::point(point)?,
                 scratch_bytes: scratch.unwrap_or(0),
                 tls_listen: tls.clone(),
+                device: *device,
+                read_only: *read_only,
+                ..OpenView::new(volume.clone(), choose::point(point)?)
             };
             test(request, global, out)
         }
@@ -72,7 +79,9 @@ pub fn run(command: &FailoverCommand, global: &Global, out: &Out) -> Result<Exit
 fn test(request: OpenView, global: &Global, out: &Out) -> Result<Exit, Failure> {
     if global.dry_run {
         let (volume, point) = (&request.volume, choose::shown(&request.point));
-        out.line(format!("would open {volume} at {point} as a writable view"));
+        let kind = if request.read_only { "read-only" } else { "writable" };
+        let device = if request.device { " and block device" } else { "" };
+        out.line(format!("would open {volume} at {point} as a {kind} view{device}"));
         return Ok(Exit::Ok);
     }
     let volume = request.volume.clone();
@@ -85,7 +94,14 @@ fn test(request: OpenView, global: &Global, out: &Out) -> Result<Exit, Failure> 
         return Ok(Exit::Ok);
     }
     out.text(&opened(&view, WallTime::now()));
-    out.hint(format!("look at it: nbdinfo '{}'", uri(&view)));
+    match &view.device {
+        Some(device) if view.read_only => out.hint(format!(
+            "mount it:   mount -o ro,noload {} /mnt   (xfs: -o ro,norecovery,nouuid)",
+            device.display()
+        )),
+        Some(device) => out.hint(format!("mount it:   mount {} /mnt", device.display())),
+        None => out.hint(format!("look at it: nbdinfo '{}'", uri(&view))),
+    }
     out.hint(format!("when done:  farshore failover cleanup {volume} --note 'what was learnt'"));
     Ok(Exit::Ok)
 }
@@ -111,8 +127,15 @@ fn opened(view: &ViewInfo, now: WallTime) -> String {
         micros % 1000 / 100,
         uri(view),
     );
+    if let Some(device) = &view.device {
+        text.push_str(&format!("  {}\n", device.display()));
+    }
     if let Some(address) = &view.tls_address {
         text.push_str(&format!("  nbds://{address}/{}\n", view.export));
+    }
+    if view.read_only {
+        text.push_str("  read-only; replication goes on\n");
+        return text;
     }
     let limit = units::bytes(view.scratch_bytes);
     text.push_str(&format!(
@@ -131,7 +154,7 @@ pub fn views(paths: &Paths) -> Result<Vec<ViewInfo>, Problem> {
 }
 
 fn text(views: &[ViewInfo], now: WallTime) -> String {
-    let head = ["VOLUME", "POINT", "TIME", "OPEN FOR", "WRITTEN", "EXPORT", "VIEW"];
+    let head = ["VOLUME", "POINT", "TIME", "OPEN FOR", "WRITTEN", "WHERE", "VIEW"];
     let row = |v: &ViewInfo| {
         vec![
             v.volume.to_string(),
@@ -139,7 +162,7 @@ fn text(views: &[ViewInfo], now: WallTime) -> String {
             units::instant(v.time),
             units::span(now.since(v.opened)),
             units::bytes(v.scratch_used),
-            uri(v),
+            v.device.as_ref().map_or_else(|| uri(v), |device| device.display().to_string()),
             v.view.to_string(),
         ]
     };
@@ -219,6 +242,8 @@ mod tests {
             open_micros: 3120,
             scratch_used: 4096,
             scratch_bytes: 256 << 20,
+            device: Some("/dev/ublkb3".into()),
+            read_only: false,
         }
     }
 
@@ -244,6 +269,8 @@ mod tests {
         let text = opened(&view(1, "shop"), WallTime::from_nanos(1_795_252_740_123_000_000));
         assert!(text.contains("p-312") && text.contains("in 3.1 ms") && text.contains("5m00s ago"));
         assert!(text.contains("nbd+unix:///shop?socket=/run/farshore/views/1.sock"));
-        assert!(text.contains("nbds://192.0.2.7:10809/shop"));
+        assert!(text.contains("nbds://192.0.2.7:10809/shop") && text.contains("  /dev/ublkb3\n"));
+        let read_only = ViewInfo { read_only: true, ..view(1, "shop") };
+        assert!(opened(&read_only, WallTime::now()).ends_with("read-only; replication goes on\n"));
     }
 }

@@ -13,11 +13,11 @@ use super::namespace::OwnDevices;
 use super::problem;
 use super::serving::{NotRemoved, NotStarted, Serving};
 use super::state::{Front, StateDir, VolumeRecord, VolumeState, start_of};
-use super::users::Users;
 use crate::backing::{Backing, Mode};
 use crate::control::{CopyProgress, VolumeInfo, VolumeStatus};
 use crate::core::{Attach, Refused};
 use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host};
+use crate::frontend::users::Users;
 use crate::preflight::HostRoots;
 use crate::sys::pool::PoolMemory;
 

@@ -15,7 +15,6 @@ mod service;
 mod serving;
 mod shutdown;
 mod state;
-mod users;
 
 pub use config::Config;
 pub use daemon::{Daemon, Phase, run};

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use farshore_extent::{Code, Problem, VolumeName};
 
-use super::users::Users;
 use crate::control::AttachKind;
 use crate::core::Refused;
+use crate::frontend::users::Users;
 
 /// Fetch: records between the asked place and the oldest one here are gone. The agent sends
 /// `Recopy` and goes on from where the target is.

@@ -12,13 +12,13 @@ use super::attached::{Attached, Ground, open};
 use super::choice::{Impossible, Ways};
 use super::problem;
 use super::state::{Front, VolumeRecord, VolumeState};
-use super::users::Users;
 use crate::control::server::{Response, Serve};
 use crate::control::{
     AttachKind, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request, VolumeInfo,
 };
 use crate::core::MarkerSpec;
 use crate::filter::FetchWait;
+use crate::frontend::users::Users;
 use crate::preflight::{OwnPlaces, Running, hints, preflight};
 
 /// Longest wait of one Fetch, so that a client that went away is noticed.

@@ -5,3 +5,4 @@ pub mod kernel_nbd;
 pub mod memory;
 pub mod nbd;
 pub mod ublk;
+pub mod users;

@@ -123,6 +123,18 @@ pub struct OpenView {
     pub scratch_bytes: u64,
     /// Serve it also on this TCP address with TLS; none: unix socket only.
     pub tls_listen: Option<String>,
+    /// Make it also a block device of the target host.
+    pub device: bool,
+    /// Nothing can be written to it.
+    pub read_only: bool,
+}
+
+impl OpenView {
+    /// A writable view with room for as much as the volume, on a unix socket only.
+    #[must_use]
+    pub const fn new(volume: VolumeName, point: PointChoice) -> Self {
+        Self { volume, point, scratch_bytes: 0, tls_listen: None, device: false, read_only: false }
+    }
 }
 
 /// An open view.
@@ -154,6 +166,10 @@ pub struct ViewInfo {
     pub scratch_used: u64,
     /// Limit of that.
     pub scratch_bytes: u64,
+    /// Its block device on the target host.
+    pub device: Option<PathBuf>,
+    /// Nothing can be written to it.
+    pub read_only: bool,
 }
 
 /// A recovery point.

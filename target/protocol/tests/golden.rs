@@ -175,7 +175,8 @@ const fn from_target_name(message: &FromTarget) -> &'static str {
 
 fn open_view(point: PointChoice) -> TargetRequest {
     let tls_listen = Some(":10809".into());
-    TargetRequest::OpenView(OpenView { volume: name(), point, scratch_bytes: 1 << 30, tls_listen })
+    let plain = OpenView::new(name(), point);
+    TargetRequest::OpenView(OpenView { scratch_bytes: 1 << 30, tls_listen, device: true, ..plain })
 }
 
 fn target_request() -> Vec<TargetRequest> {
@@ -253,6 +254,8 @@ fn view_info() -> ViewInfo {
         open_micros: 812,
         scratch_used: 4096,
         scratch_bytes: 1 << 30,
+        device: Some("/dev/ublkb3".into()),
+        read_only: false,
     }
 }
 

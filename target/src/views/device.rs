@@ -47,11 +47,17 @@ pub(crate) struct ViewDevice {
     name: String,
     point: Box<dyn PointBytes>,
     scratch: Scratch,
+    read_only: bool,
 }
 
 impl ViewDevice {
-    pub(super) fn new(name: String, point: Box<dyn PointBytes>, scratch: Scratch) -> Self {
-        Self { name, point, scratch }
+    pub(super) fn new(
+        name: String,
+        point: Box<dyn PointBytes>,
+        scratch: Scratch,
+        read_only: bool,
+    ) -> Self {
+        Self { name, point, scratch, read_only }
     }
 
     /// Bytes written to the view.
@@ -109,7 +115,7 @@ impl Device for ViewDevice {
         DeviceInfo {
             size: self.point.size(),
             blocks: self.point.blocks(),
-            read_only: false,
+            read_only: self.read_only,
             zeroes: true,
             volatile_cache: true,
         }
@@ -189,7 +195,9 @@ impl ViewQueue {
                 (result, Some(slot))
             }
             Request::Write { extent, slot, fua: _ } => {
+                let read_only = self.device.read_only;
                 let result = match self.bytes(&slot) {
+                    _ if read_only => Err(DeviceError::ReadOnly),
                     bytes if bytes.len() as u64 == extent.len() => Ok(()),
                     _ => Err(DeviceError::Invalid),
                 };
@@ -200,6 +208,7 @@ impl ViewQueue {
                 self.release(slot);
                 (result, None)
             }
+            Request::Zero { .. } if self.device.read_only => (Err(DeviceError::ReadOnly), None),
             Request::Zero { extent, fua: _, may_unmap: _ } => {
                 (self.device.taken(self.device.scratch.zero(extent)), None)
             }
@@ -289,11 +298,15 @@ mod tests {
         }
     }
 
-    fn view(quota: u64) -> Box<dyn Queue> {
+    fn made(quota: u64, read_only: bool) -> Arc<ViewDevice> {
         let dir = tempfile::tempdir().unwrap();
         let scratch = Scratch::create(dir.path(), "s", quota).unwrap();
         let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
-        Arc::new(ViewDevice::new("v".into(), point, scratch)).open_queue().unwrap()
+        Arc::new(ViewDevice::new("v".into(), point, scratch, read_only))
+    }
+
+    fn view(quota: u64) -> Box<dyn Queue> {
+        made(quota, false).open_queue().unwrap()
     }
 
     fn extent(offset: u64, len: u64) -> Extent {
@@ -342,11 +355,23 @@ mod tests {
         scratch.write(extent(512, 512), &[1; 512]).unwrap();
         scratch.zero(extent(1024, 512)).unwrap();
         let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
-        let view = ViewDevice::new("v".into(), point, scratch);
+        let view = ViewDevice::new("v".into(), point, scratch, false);
         let map = view.allocation(extent(0, 4096), 10);
         let parts: Vec<_> = map.iter().map(|a| (a.len, a.zero)).collect();
         assert_eq!(parts, [(1024, false), (512, true), (2560, false)]);
         assert_eq!(view.allocation(extent(0, 4096), 2).len(), 2);
+    }
+
+    #[test]
+    fn a_read_only_view_says_so_and_takes_no_writes() {
+        let device = made(1 << 20, true);
+        assert!(device.info().read_only);
+        let mut view = device.open_queue().unwrap();
+        assert_eq!(write(&mut *view, extent(0, 512), 1), Err(DeviceError::ReadOnly));
+        let zero = Request::Zero { extent: extent(0, 512), fua: false, may_unmap: true };
+        assert_eq!(done(&mut *view, zero).result, Err(DeviceError::ReadOnly));
+        assert_eq!(read(&mut *view, extent(0, 512)).unwrap()[0], 0xAB);
+        assert!(done(&mut *view, Request::Flush).result.is_ok());
     }
 
     #[test]

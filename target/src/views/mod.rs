@@ -1,8 +1,10 @@
-//! Views: recovery points opened as writable NBD exports, each with a private scratch.
+//! Views: recovery points opened as writable NBD exports and block devices, each with a private
+//! scratch.
 //!
 //! A view reads its point from the store and keeps its own writes; replication goes on under it
 //! and never waits for it. Views end with the daemon.
 
+mod block;
 mod device;
 mod export;
 mod scratch;
@@ -12,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use farshore_blkfilter::device::Device;
 use farshore_blkfilter::frontend::nbd::{self, Export, Exports, Server};
 use farshore_extent::{BlockSizes, Extent, Lsn, PointKind, Problem, ViewId, VolumeSize, WallTime};
 use farshore_protocol::admin::{OpenView, PointChoice, ViewInfo};
@@ -27,6 +30,8 @@ use crate::replica::Replica;
 use crate::store::{Content, PointReader};
 use crate::worker::{Place, Work};
 use crate::{clock, durable_fs, problem};
+use block::BlockDevice;
+pub(crate) use block::Mark;
 use device::{PointBytes, PointReadError, ViewDevice};
 use scratch::Scratch;
 
@@ -61,6 +66,7 @@ struct View {
     device: Arc<ViewDevice>,
     replica: Arc<Replica>,
     server: Server,
+    block: Option<BlockDevice>,
     tls: Option<JoinHandle<()>>,
 }
 
@@ -73,6 +79,9 @@ impl View {
     fn end(mut self) {
         if let Some(tls) = self.tls.take() {
             tls.abort();
+        }
+        if let Some(block) = self.block.take() {
+            block.remove();
         }
         if !self.server.stop(CLOSE_GRACE) {
             tracing::warn!(view = %self.info.view, "clients of a closed view were cut off");
@@ -127,8 +136,15 @@ impl Views {
     }
 
     /// Closes a view and forgets its scratch; `note` is kept as evidence. Blocks.
+    ///
+    /// # Errors
+    /// FS-6607 while somebody uses its device: it stays open then.
     pub(crate) fn close(&self, daemon: &Daemon, view: ViewId, note: &str) -> Result<(), Problem> {
         let found = self.lock().views.remove(&view).ok_or_else(|| problem::no_view(&view))?;
+        if let Some(Err(problem)) = found.block.as_ref().map(BlockDevice::unused) {
+            self.lock().views.insert(view, found);
+            return Err(problem);
+        }
         let info = found.info();
         found.end();
         daemon.catalogue.lock().close_view(view, WallTime::now(), note)?;
@@ -142,8 +158,10 @@ impl Views {
     }
 }
 
-/// Makes the directories of scratches and sockets and empties them of what a crash left.
-pub(crate) fn prepare(scratches: &Path, paths: &Paths) -> Result<(), Problem> {
+/// Makes the directories of scratches and sockets and empties them of what a crash left; removes
+/// the block devices it left.
+pub(crate) fn prepare(scratches: &Path, paths: &Paths, mark: Mark) -> Result<(), Problem> {
+    block::remove_stale(mark);
     for dir in [scratches, &sockets(paths)] {
         durable_fs::create_private_dir(dir).map_err(|e| problem::file("create", dir, &e))?;
         let stale = std::fs::read_dir(dir).map_err(|e| problem::file("read", dir, &e))?;
@@ -218,7 +236,9 @@ fn make(
         None => daemon.catalogue.lock().find_point(replica.volume, &Wanted::At(chosen.lsn))?,
     };
     let time = point.as_ref().map_or(chosen.time, |row| row.at.time);
-    let device = Arc::new(ViewDevice::new(view.to_string(), Box::new(reader), scratch));
+    let read_only = request.read_only;
+    let device = ViewDevice::new(view.to_string(), Box::new(reader), scratch, read_only);
+    let device = Arc::new(device);
     let export = request.volume.as_str().to_owned();
     let exports = Exports::new();
     let socket = socket_path(daemon, &request.volume, view)?;
@@ -230,6 +250,9 @@ fn make(
     offered.map_err(|e| problem::export(&e))?;
     let server = Server::bind_unix(&socket, exports.clone(), nbd::Config::default())
         .map_err(|e| problem::export(&format!("{}: {e}", socket.display())))?;
+    let served: Arc<dyn Device> = Arc::clone(&device) as _;
+    let mark = Mark::of(daemon.authority.fingerprint());
+    let block = request.device.then(|| BlockDevice::start(&served, mark, view)).transpose()?;
     let open_micros = u64::try_from(chosen.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
     let info = ViewInfo {
         view,
@@ -245,14 +268,19 @@ fn make(
         open_micros,
         scratch_used: 0,
         scratch_bytes: device.quota(),
+        device: block.as_ref().map(BlockDevice::path),
+        read_only,
     };
     let row =
         ViewRow { view, volume: replica.volume, lsn: info.lsn, opened: info.opened, open_micros };
-    daemon.catalogue.lock().put_view(&row)?;
+    if let Err(error) = daemon.catalogue.lock().put_view(&row) {
+        block.into_iter().for_each(BlockDevice::remove);
+        return Err(error.into());
+    }
     let text = format!("a view of {} was opened", clock::show(time));
     daemon.catalogue.note(0, Some(&info.volume), text);
     replica.update(|facts| facts.views += 1);
-    let opened = View { info: info.clone(), device, replica, server, tls: None };
+    let opened = View { info: info.clone(), device, replica, server, block, tls: None };
     daemon.views.lock().views.insert(view, opened);
     Ok((info, exports))
 }

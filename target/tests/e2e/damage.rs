@@ -62,14 +62,7 @@ async fn expired_points_go_and_what_stays_is_still_right() {
     source.write(4096, 4096, 2);
     source.ship(&mut connection).await;
     let name = VolumeName::new("pgdata").unwrap();
-    let open = |point| {
-        TargetRequest::OpenView(OpenView {
-            volume: name.clone(),
-            point,
-            scratch_bytes: 0,
-            tls_listen: None,
-        })
-    };
+    let open = |point| TargetRequest::OpenView(OpenView::new(name.clone(), point));
     // A view of the old point holds what it shows.
     let Ok(TargetReply::View(view)) = bed.ask(open(PointChoice::At(old))).await else { panic!() };
     tokio::time::sleep(Duration::from_millis(1100)).await;
@@ -143,12 +136,10 @@ async fn a_point_that_was_lost_with_the_journal_is_not_offered_after_the_new_cop
     source.restore_order();
     source.ship(&mut connection).await;
     let open = |name: &str| {
-        TargetRequest::OpenView(OpenView {
-            volume: VolumeName::new("pgdata").unwrap(),
-            point: PointChoice::Name(name.into()),
-            scratch_bytes: 0,
-            tls_listen: None,
-        })
+        TargetRequest::OpenView(OpenView::new(
+            VolumeName::new("pgdata").unwrap(),
+            PointChoice::Name(name.into()),
+        ))
     };
     bed.ask(open("lost")).await.expect_err("it would show the state at `kept`");
     bed.ask(open("kept")).await.unwrap();

@@ -53,7 +53,7 @@ async fn wait_for_points(bed: &Bed, count: usize) {
 }
 
 async fn open(bed: &Bed, point: PointChoice, scratch_bytes: u64) -> ViewInfo {
-    let request = OpenView { volume: name(), point, scratch_bytes, tls_listen: None };
+    let request = OpenView { scratch_bytes, ..OpenView::new(name(), point) };
     match bed.ask(TargetRequest::OpenView(request)).await {
         Ok(TargetReply::View(view)) => view,
         other => panic!("{other:?}"),
@@ -170,16 +170,14 @@ async fn places_that_were_never_a_state_of_the_volume_cannot_be_opened() {
         (PointChoice::Time(farshore_extent::WallTime::from_nanos(5)), 6601),
         (PointChoice::At(Lsn::new(one.epoch, farshore_extent::Seq::new(1 << 40))), 6011),
     ] {
-        let request =
-            OpenView { volume: name(), point: choice, scratch_bytes: 0, tls_listen: None };
+        let request = OpenView::new(name(), choice);
         let refused = bed.ask(TargetRequest::OpenView(request)).await.unwrap_err();
         assert_eq!(refused.code.0, code, "{refused:?}");
     }
     let Ok(TargetReply::Status(status)) = bed.ask(TargetRequest::Status).await else { panic!() };
     assert_eq!((status[0].state, status[0].points), (PairState::CatchUp, 3), "old points stay");
     open(&bed, PointChoice::Latest, 0).await;
-    let request =
-        OpenView { volume: name(), point: PointChoice::Latest, scratch_bytes: 0, tls_listen: None };
+    let request = OpenView::new(name(), PointChoice::Latest);
     let refused = bed.ask(TargetRequest::OpenView(request)).await.unwrap_err();
     assert_eq!(refused.code.0, 6603, "one view is the limit here");
 }

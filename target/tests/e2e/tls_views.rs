@@ -32,10 +32,8 @@ fn credentials(dir: &Path, host: &Host, with_certificate: bool) -> PathBuf {
 
 async fn tls_view(bed: &Bed, point: Lsn) -> ViewInfo {
     let request = OpenView {
-        volume: VolumeName::new("pgdata").unwrap(),
-        point: PointChoice::At(point),
-        scratch_bytes: 0,
         tls_listen: Some("127.0.0.1:0".into()),
+        ..OpenView::new(VolumeName::new("pgdata").unwrap(), PointChoice::At(point))
     };
     match bed.ask(TargetRequest::OpenView(request)).await {
         Ok(TargetReply::View(view)) => view,

@@ -12,6 +12,7 @@ mod power;
 mod selftest;
 mod ublk_front;
 mod verify;
+mod views;
 
 use crate::{Case, Group, Scenario};
 
@@ -26,6 +27,7 @@ pub const GROUPS: &[Group] = &[
     ublk_front::NEWEST_GROUP,
     life::UBLK_GROUP,
     life::NBD_GROUP,
+    views::GROUP,
 ];
 
 /// Several boots or machines each.

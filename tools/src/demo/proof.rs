@@ -41,8 +41,7 @@ pub struct Proof {
 /// Opens a point; the view, with the time it took as seen from here.
 fn open(stage: &Stage, point: PointChoice) -> Result<(ViewInfo, Duration), End> {
     let begun = Instant::now();
-    let request =
-        OpenView { volume: stage.name.clone(), point, scratch_bytes: 0, tls_listen: None };
+    let request = OpenView::new(stage.name.clone(), point);
     match rpc::target(stage.paths(), &TargetRequest::OpenView(request))? {
         TargetReply::View(view) => Ok((view, begun.elapsed())),
         _ => Err(rpc::unexpected(Role::Target).into()),

@@ -112,11 +112,14 @@ fn usable(check: &str, features: Features) -> Finding {
 pub fn nbd(
     host: &Host,
     ublk_is_there: bool,
-    client: Result<Support, kernel_nbd::Unavailable>,
+    client: impl FnOnce() -> Result<Support, kernel_nbd::Unavailable>,
 ) -> Finding {
     let check = "kernel nbd";
-    let module = host.module("nbd");
-    match client {
+    if host.module("nbd") == Module::Loadable {
+        // Asking would load it.
+        return Finding::ok(check, "not loaded; the kernel loads it when it is needed");
+    }
+    match client() {
         Ok(Support { max_part: 0 }) => Finding::warning(
             check,
             "loaded with max_part=0: partitions on a volume are not shown",
@@ -124,9 +127,6 @@ pub fn nbd(
         ),
         Ok(Support { max_part }) => Finding::ok(check, format!("{max_part} partitions a device")),
         Err(_) if ublk_is_there => Finding::ok(check, "not usable now, and not needed beside ublk"),
-        Err(_) if module == Module::Loadable => {
-            Finding::warning(check, "not loaded: volumes would be NBD sockets only", LOAD_NBD)
-        }
         Err(missing) => Finding::warning(
             check,
             format!(
@@ -242,13 +242,14 @@ mod tests {
             let (why, remedy) = ("no module nbd".to_owned(), "modprobe nbd".to_owned());
             Err(kernel_nbd::Unavailable { why, remedy })
         };
-        assert_eq!(nbd(&machine.host, true, missing()).state, State::Ok);
-        assert!(nbd(&machine.host, false, missing()).text.contains("no module nbd, and there"));
-        machine.put("/usr/lib/modules/6.12.1/modules.dep", "kernel/nbd.ko.zst:\n");
-        assert!(nbd(&machine.host, false, missing()).fix.unwrap().starts_with("modprobe nbd"));
-        let parts = |max_part| nbd(&machine.host, true, Ok(Support { max_part }));
+        assert_eq!(nbd(&machine.host, true, missing).state, State::Ok);
+        assert!(nbd(&machine.host, false, missing).text.contains("no module nbd, and there"));
+        let parts = |max_part| nbd(&machine.host, true, || Ok(Support { max_part }));
         assert!(parts(0).fix.unwrap().contains("max_part=16"));
         assert_eq!(parts(16).state, State::Ok);
+        machine.put("/usr/lib/modules/6.12.1/modules.dep", "kernel/nbd.ko.zst:\n");
+        let never = || panic!("asking would load it");
+        assert_eq!(nbd(&machine.host, false, never).state, State::Ok);
     }
 
     #[test]

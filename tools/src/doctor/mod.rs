@@ -156,7 +156,7 @@ fn host_groups(host: &Host, paths: &Paths, now: WallTime) -> Vec<Group> {
             begin(move || {
                 let ublk = kernel::ublk(&kernel, features);
                 let there = ublk.state == State::Ok;
-                let nbd = kernel::nbd(&kernel, there, kernel_nbd::available());
+                let nbd = kernel::nbd(&kernel, there, kernel_nbd::available);
                 vec![kernel::release(&kernel), ublk, nbd, kernel::io_uring(&kernel, makes_a_ring)]
             }),
         ),

@@ -14,9 +14,9 @@ use crate::preflight::{HostRoots, device_of};
 
 /// A process that has the device, or one of its partitions, open.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Opener {
-    pub(super) pid: u32,
-    pub(super) name: String,
+pub(crate) struct Opener {
+    pub(crate) pid: u32,
+    pub(crate) name: String,
 }
 
 impl Opener {
@@ -28,22 +28,22 @@ impl Opener {
 
 /// The users found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Users {
+pub struct Users {
     /// Mount points.
-    pub(super) mounts: Vec<String>,
+    pub(crate) mounts: Vec<String>,
     /// It is swap space.
-    pub(super) swap: bool,
+    pub(crate) swap: bool,
     /// Devices built on it.
-    pub(super) holders: Vec<String>,
+    pub(crate) holders: Vec<String>,
     /// Who has it open.
-    pub(super) openers: Vec<Opener>,
+    pub(crate) openers: Vec<Opener>,
     /// The kernel says that it is claimed, by something that was not found.
-    pub(super) claimed: bool,
+    pub(crate) claimed: bool,
 }
 
 impl Users {
     /// Of the block device that the kernel calls `name`; none when there is no such device.
-    pub(super) fn of(roots: &HostRoots, name: &str) -> Self {
+    pub(crate) fn of(roots: &HostRoots, name: &str) -> Self {
         let Some(number) = roots.number_of(name) else { return Self::default() };
         let holders = roots.holders(&number);
         let family = roots.family(number);
@@ -61,7 +61,7 @@ impl Users {
 
     /// The same, and asks the kernel whether anything else has claimed the device at `node`: a
     /// file system mounted where no process sees it. Opens the device, so it must be served.
-    pub(super) fn of_served(roots: &HostRoots, name: &str, node: &Path) -> Self {
+    pub(crate) fn of_served(roots: &HostRoots, name: &str, node: &Path) -> Self {
         let mut users = Self::of(roots, name);
         if users.is_empty() && device_of(node).is_some() && device_of(node) == roots.number_of(name)
         {
@@ -73,16 +73,24 @@ impl Users {
     }
 
     /// The kernel itself uses it: taking it away would damage what is on it.
-    pub(super) fn in_kernel(&self) -> bool {
+    pub(crate) fn in_kernel(&self) -> bool {
         self.claimed || self.swap || !self.mounts.is_empty() || !self.holders.is_empty()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         !self.in_kernel() && self.openers.is_empty()
     }
 
+    /// Of a block device that this process serves.
+    #[must_use]
+    pub fn of_device(node: &Path) -> Self {
+        let name = node.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        Self::of_served(&HostRoots::default(), name, node)
+    }
+
     /// Nobody but those that look at every device for a moment.
-    pub(super) fn only_passing(&self) -> bool {
+    #[must_use]
+    pub fn only_passing(&self) -> bool {
         !self.in_kernel() && self.openers.iter().all(Opener::is_passing)
     }
 }

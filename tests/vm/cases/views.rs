@@ -1,0 +1,170 @@
+//! Points opened as block devices of the target host: a file system on one is whole, its device
+//! goes away with the view and with the daemon, and not under somebody who uses it.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use farshore_protocol::admin::{TargetReply, TargetRequest, ViewInfo};
+
+use crate::guest;
+use crate::harness::{Daemons, Site, assert_same_bytes, run, said, wait_for};
+use crate::{Group, case_list};
+
+pub const GROUP: Group = Group {
+    name: "views",
+    cases: case_list![
+        a_point_on_the_kernels_nbd_client_is_a_whole_file_system,
+        a_point_on_ublk_is_a_whole_file_system_until_it_is_closed,
+        a_read_only_view_takes_no_writes,
+        the_device_of_a_view_ends_with_a_killed_daemon,
+    ],
+    ..Group::DEFAULT
+};
+
+/// A site with the image `pgdata` protected, on which an ext4 holds one file, and a point of it.
+struct Bed {
+    site: Site,
+    daemons: Daemons,
+    image: PathBuf,
+    content: Vec<u8>,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let site = Site::new();
+        let image = site.root().join("pgdata.img");
+        let content: Vec<u8> = (0..300_000u32).map(|n| n.to_le_bytes()[1]).collect();
+        let at = site.root().join("at");
+        fs::create_dir(&at).expect("a folder");
+        fs::File::create(&image).and_then(|f| f.set_len(32 << 20)).expect("an image");
+        run("mkfs.ext4", &["-q", text(&image)]);
+        guest::load("loop");
+        run("mount", &["-o", "loop", text(&image), text(&at)]);
+        fs::write(at.join("file"), &content).expect("a file");
+        run("umount", &[text(&at)]);
+        let daemons = site.start_all();
+        let path = text(&image);
+        site.cli(&["protect", path, "--name", "pgdata", "--attach", "socket", "--yes"]);
+        site.wait_protected("pgdata");
+        site.tag("pgdata", "whole");
+        Self { site, daemons, image, content }
+    }
+
+    fn try_open(&self, more: &[&str]) -> std::process::Output {
+        let words = ["failover", "test", "pgdata", "--point", "tag:whole", "--device"];
+        self.site.try_cli(&[&words[..], more].concat())
+    }
+
+    fn open(&self, more: &[&str]) -> (ViewInfo, PathBuf) {
+        let out = self.try_open(more);
+        assert!(out.status.success(), "{}\n{}", said(&out), self.site.logs());
+        let [view] = self.views().try_into().expect("one view is open");
+        let device = view.device.clone().expect("it is a device");
+        assert!(said(&out).contains(text(&device)), "{}", said(&out));
+        (view, guest::block_device(&device))
+    }
+
+    fn views(&self) -> Vec<ViewInfo> {
+        match self.site.ask_target(&TargetRequest::Views) {
+            Ok(TargetReply::Views(views)) => views,
+            other => panic!("no views: {other:?}\n{}", self.site.logs()),
+        }
+    }
+
+    /// The file system at the point is clean, mounts, holds the file, and takes writes.
+    fn assert_whole(&self, device: &Path) {
+        assert_same_bytes(&self.image, device, "the device and the source");
+        run("fsck.ext4", &["-f", "-n", text(device)]);
+        let at = self.site.root().join("view");
+        fs::create_dir_all(&at).expect("a folder");
+        run("mount", &[text(device), text(&at)]);
+        assert!(fs::read(at.join("file")).expect("the file") == self.content, "another content");
+        fs::write(at.join("more"), vec![7; 1 << 20]).expect("a write to the scratch");
+        run("sync", &[]);
+        let refused = self.site.try_cli(&["failover", "cleanup"]);
+        let why = said(&refused);
+        assert_eq!(refused.status.code(), Some(4), "{why}");
+        assert!(why.contains("FS-6607") && why.contains(text(&at)), "{why}");
+        assert!(fs::read(at.join("more")).is_ok_and(|b| b.len() == 1 << 20), "it is served on");
+        run("umount", &[text(&at)]);
+        run("fsck.ext4", &["-f", "-n", text(device)]);
+    }
+
+    fn close(&self, device: &Path) {
+        self.site.cli(&["failover", "cleanup"]);
+        assert!(self.views().is_empty());
+        assert_gone(device);
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// A ublk device vanishes; one of the kernel's NBD client stays as a node without a size.
+fn assert_gone(device: &Path) {
+    let name = device.file_name().expect("a name").to_str().expect("UTF-8");
+    let size = Path::new("/sys/block").join(name).join("size");
+    wait_for("the device to be gone", Duration::from_secs(60), || {
+        let size = fs::read_to_string(&size).unwrap_or_default();
+        matches!(size.trim(), "" | "0").then_some(())
+    });
+}
+
+fn a_point_on_the_kernels_nbd_client_is_a_whole_file_system() {
+    guest::load("nbd");
+    let bed = Bed::new();
+    let (_, device) = bed.open(&[]);
+    assert!(text(&device).starts_with("/dev/nbd"), "{}", device.display());
+    bed.assert_whole(&device);
+    bed.close(&device);
+}
+
+fn a_point_on_ublk_is_a_whole_file_system_until_it_is_closed() {
+    guest::load("ublk_drv");
+    let bed = Bed::new();
+    let (_, device) = bed.open(&[]);
+    assert!(text(&device).starts_with("/dev/ublkb"), "{}", device.display());
+    bed.assert_whole(&device);
+    bed.close(&device);
+    // The next view of the point shows nothing of the writes.
+    let (_, device) = bed.open(&[]);
+    assert_same_bytes(&bed.image, &device, "the second view and the source");
+    bed.close(&device);
+}
+
+fn a_read_only_view_takes_no_writes() {
+    guest::load("ublk_drv");
+    let bed = Bed::new();
+    let (view, device) = bed.open(&["--read-only"]);
+    assert!(view.read_only);
+    let flag = run("blockdev", &["--getro", text(&device)]);
+    assert_eq!(String::from_utf8_lossy(&flag.stdout).trim(), "1");
+    let written = fs::OpenOptions::new().write(true).open(&device).and_then(|mut file| {
+        file.write_all(&[7; 4096])?;
+        file.sync_all()
+    });
+    assert!(written.is_err(), "a read-only device took a write");
+    let at = bed.site.root().join("view");
+    fs::create_dir_all(&at).expect("a folder");
+    run("mount", &["-o", "ro,noload", text(&device), text(&at)]);
+    assert!(fs::read(at.join("file")).expect("the file") == bed.content, "another content");
+    run("umount", &[text(&at)]);
+    assert_same_bytes(&bed.image, &device, "the read-only device and the source");
+    bed.close(&device);
+}
+
+fn the_device_of_a_view_ends_with_a_killed_daemon() {
+    guest::load("ublk_drv");
+    let mut bed = Bed::new();
+    let (_, device) = bed.open(&[]);
+    bed.daemons.target.kill();
+    bed.daemons.target = bed.site.start_target();
+    assert!(bed.views().is_empty(), "views end with the daemon");
+    assert_gone(&device);
+    let (_, device) = bed.open(&[]);
+    assert_same_bytes(&bed.image, &device, "the view after the restart and the source");
+    bed.close(&device);
+}

@@ -1,5 +1,5 @@
-//! The example of the README, word for word, on two hosts: two network namespaces that this test
-//! makes, joined by a virtual cable that is also pulled.
+//! The steps of the README's example on two hosts: two network namespaces that this test makes, joined
+//! by a virtual cable that is also pulled. tests/vm types the example itself, on two machines.
 
 mod harness;
 

@@ -216,7 +216,7 @@ impl Site {
 
     pub fn start_filterd(&self) -> Daemon {
         let mut daemon = self.start("filterd", &["filterd"]);
-        wait_for("filterd's control socket", Duration::from_secs(20), || {
+        wait_for("filterd's control socket", Duration::from_secs(60), || {
             assert!(daemon.is_alive(), "filterd ended\n{}", self.logs());
             UnixStream::connect(self.paths.filterd_socket()).ok()
         });

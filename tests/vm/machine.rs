@@ -68,8 +68,11 @@ impl Machine {
         fs::create_dir_all(&out).expect("folder of the machine");
         let initramfs = dir.join("initramfs");
         spec.kernel.write_initramfs(&initramfs);
-        let mut append =
-            format!("console=ttyS0 quiet mitigations=off panic=-1 {}", guest::CMDLINE_MARK);
+        // No watchdog: on a busy host a machine may stand still for half a minute.
+        let mut append = format!(
+            "console=ttyS0 quiet nowatchdog mitigations=off panic=-1 {}",
+            guest::CMDLINE_MARK
+        );
         if let Some((_, _, address)) = spec.cable {
             append += &format!(" farshore.address={address}");
         }

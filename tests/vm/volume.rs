@@ -20,6 +20,13 @@ pub enum Way {
     Socket,
 }
 
+impl Way {
+    /// Before the daemons start again after a boot; on a host, modules-load.d does it.
+    pub fn load_driver(self) {
+        guest::load(if self == Self::Ublk { "ublk_drv" } else { "nbd" });
+    }
+}
+
 /// A protected volume; its device goes away with it, the daemons must still run then.
 pub struct Volume<'a> {
     site: &'a Site,
@@ -40,10 +47,7 @@ impl<'a> Volume<'a> {
             Way::Nbd => "nbd",
             Way::Socket => "socket",
         };
-        match way {
-            Way::Ublk => guest::load("ublk_drv"),
-            Way::Nbd | Way::Socket => guest::load("nbd"),
-        }
+        way.load_driver();
         let mut args = vec!["protect", path, "--name", disk, "--policy", policy, "--yes"];
         args.extend(["--attach", attach]);
         site.cli(&args);
@@ -112,6 +116,8 @@ impl Attached {
         wait_for("the size of the device", Duration::from_secs(30), || {
             std::fs::read_to_string(&size).ok().filter(|s| s.trim() != "0")
         });
+        // The kernel looks for partitions when the device is opened.
+        std::fs::File::open(&device).expect("open");
         Self { device: guest::block_device(&device) }
     }
 

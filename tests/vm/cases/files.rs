@@ -25,7 +25,7 @@ pub const GROUP: Group = Group {
     ..Group::DEFAULT
 };
 
-const WAY: Way = Way::Socket;
+const WAY: Way = Way::Ublk;
 
 struct FileSystem {
     name: &'static str,

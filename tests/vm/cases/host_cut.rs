@@ -25,7 +25,7 @@ pub const SCENARIO: Scenario = Scenario {
 pub const STEPS: &[Case] = case_list![write_and_wait, look_and_go_on];
 
 const DISKS: [Disk; 2] = [Disk::new("source", 64).volatile(), SCRATCH.volatile()];
-const WAY: Way = Way::Socket;
+const WAY: Way = Way::Ublk;
 const LIMIT: Duration = Duration::from_secs(240);
 const SITE: &str = "/vm/scratch/site";
 /// The digest of the point, as the host carries it from one boot to the next.
@@ -90,6 +90,7 @@ fn look_and_go_on() {
     assert!(all(UNFLUSHED_MIB, 0), "the cut destroyed nothing: it proves nothing");
 
     let site = Site::at(Path::new(SITE));
+    WAY.load_driver();
     let _daemons = site.start_again();
     let points = site.points("source");
     let before = points.iter().find(|p| p.name == "before").expect("the announced point is gone");

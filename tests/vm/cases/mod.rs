@@ -1,14 +1,17 @@
 //! Every test of this program. A new group is a module here and a line in each list it belongs to.
 
 mod cable;
+mod device;
 mod files;
 mod host_cut;
 mod kernel;
 mod kernel_nbd;
+mod kills;
 mod life;
 #[path = "../../../benches/load/plain.rs"]
 mod plain;
 mod power;
+mod readme;
 mod selftest;
 mod ublk_front;
 mod verify;
@@ -25,6 +28,8 @@ pub const GROUPS: &[Group] = &[
     files::GROUP,
     ublk_front::GROUP,
     ublk_front::NEWEST_GROUP,
+    kills::GROUP,
+    device::GROUP,
     life::UBLK_GROUP,
     life::NBD_GROUP,
     views::GROUP,
@@ -32,7 +37,7 @@ pub const GROUPS: &[Group] = &[
 
 /// Several boots or machines each.
 pub const SCENARIOS: &[Scenario] =
-    &[cable::SCENARIO, host_cut::SCENARIO, power::SCENARIO, selftest::SCENARIO];
+    &[cable::SCENARIO, host_cut::SCENARIO, power::SCENARIO, readme::SCENARIO, selftest::SCENARIO];
 
 /// Steps that scenarios have the machines do: module and functions.
 pub const STEPS: &[(&str, &[Case])] = &[

@@ -26,7 +26,7 @@ pub const GROUP: Group = Group {
     ..Group::DEFAULT
 };
 
-const WAY: Way = Way::Socket;
+const WAY: Way = Way::Ublk;
 
 fn random_writes_of_mixed_sizes_by_several_jobs() {
     let site = Site::new();

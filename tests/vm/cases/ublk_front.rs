@@ -23,9 +23,6 @@ use crate::runner::NEWEST;
 use crate::volume::{fio, fio_arguments, queue_limit};
 use crate::{Case, Group, case_list, guest};
 
-#[path = "../../../benches/load/plain.rs"]
-mod plain;
-
 const DISKS: &[Disk] = &[Disk::new("source", 64), Disk::new("large", 64).blocks(4096, 4096)];
 const CASES: &[Case] = case_list![
     every_limit_is_the_one_of_the_disk,
@@ -94,7 +91,7 @@ impl Device for Shown {
 
 fn shown(disk: &str, bytes: u64) -> Arc<Shown> {
     let backing = Backing::open(&guest::disk(disk), Mode::ReadWrite).expect("the disk is free");
-    Arc::new(Shown { device: Arc::new(plain::Plain(backing)), bytes: bytes.into() })
+    Arc::new(Shown { device: Arc::new(super::plain::Plain(backing)), bytes: bytes.into() })
 }
 
 fn config() -> Config {

@@ -131,7 +131,7 @@ pub mod flag {
 }
 
 /// Most tags of a queue.
-pub const MAX_DEPTH: u16 = 4096;
+pub const MAX_DEPTH: u16 = 1 << 12;
 
 /// Bytes of the mapping of one queue's descriptors, with pages of `page` bytes. Queues are mapped
 /// as far apart as one of [`MAX_DEPTH`] would need.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use farshore::disk::Place;
 use farshore::ledger::{Bounds, Instant, Ledger, Workload};
 use farshore::nbd_client::NbdClient;
 use farshore_extent::PointId;
@@ -51,8 +52,7 @@ fn kill_9_of_agent_and_target_under_load_loses_nothing_and_no_point_is_wrong() {
     site.wait_protected("disk");
     let ledger = Arc::new(Ledger::new(0, SIZE));
     let workload = Workload {
-        socket: site.paths.run.join("nbd/disk.sock"),
-        export: "disk".into(),
+        place: Place::Nbd { socket: site.paths.run.join("nbd/disk.sock"), export: "disk".into() },
         writers: 2,
         depth: 8,
         bytes_per_second: 12 << 20,
@@ -124,8 +124,7 @@ fn a_dead_agent_never_stalls_the_guest_and_everything_arrives_afterwards() {
     daemons.agent.kill();
     let ledger = Arc::new(Ledger::new(0, SIZE));
     let workload = Workload {
-        socket: site.paths.run.join("nbd/disk.sock"),
-        export: "disk".into(),
+        place: Place::Nbd { socket: site.paths.run.join("nbd/disk.sock"), export: "disk".into() },
         writers: 1,
         depth: 8,
         bytes_per_second: 24 << 20,

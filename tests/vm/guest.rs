@@ -13,7 +13,8 @@ pub const CMDLINE_MARK: &str = "farshore.vm=1";
 /// The folder shared with the host.
 const OUT: &str = "/vm/out";
 /// Variables of the host that the cases obey as well.
-const PASSED_ON: [&str; 4] = ["FARSHORE_BIN", "FARSHORE_SOAK", "FARSHORE_KILLS", "RUST_BACKTRACE"];
+const PASSED_ON: [&str; 5] =
+    ["FARSHORE_BIN", "FARSHORE_SOAK", "FARSHORE_KILLS", "FARSHORE_ROUNDS", "RUST_BACKTRACE"];
 
 /// Whether this is one of our machines: cases take disks for their own, so nowhere else.
 pub fn inside() -> bool {

@@ -101,7 +101,7 @@ pub struct Attached {
 
 impl Attached {
     /// nbd-client does not ask the server for the block size: it must be told.
-    fn new(uri: &str, block_size: &str) -> Self {
+    pub fn new(uri: &str, block_size: &str) -> Self {
         guest::load("nbd");
         let (export, socket) = uri
             .strip_prefix("nbd+unix:///")

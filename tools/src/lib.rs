@@ -5,6 +5,7 @@
 //! protected volume, a journal or a certificate itself.
 #![forbid(unsafe_code)]
 
+pub mod disk;
 pub mod flag;
 pub mod ledger;
 pub mod nbd_client;

@@ -46,13 +46,24 @@ pub struct ProtectArgs {
 
 /// Ways of `--attach`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Way {
+pub enum Way {
     /// A block device of the kernel's ublk driver
     Ublk,
     /// A block device of the kernel's NBD client
     Nbd,
     /// A unix socket for NBD clients, no block device
     Socket,
+}
+
+impl Way {
+    /// As it is typed.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Ublk => "ublk",
+            Self::Nbd => "nbd",
+            Self::Socket => "socket",
+        }
+    }
 }
 
 impl From<Way> for AttachKind {

@@ -1,6 +1,7 @@
 //! Every test of this program. A new group is a module here and a line in each list it belongs to.
 
 mod cable;
+mod demo;
 mod device;
 mod files;
 mod host_cut;
@@ -33,6 +34,7 @@ pub const GROUPS: &[Group] = &[
     life::UBLK_GROUP,
     life::NBD_GROUP,
     views::GROUP,
+    demo::GROUP,
 ];
 
 /// Several boots or machines each.

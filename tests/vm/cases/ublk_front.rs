@@ -67,7 +67,7 @@ const NUMBER: u32 = 5;
 const OWNER: u64 = 0x7a11;
 const LIMIT: Duration = Duration::from_secs(120);
 const GRACE: Duration = Duration::from_secs(30);
-const DEVICE: &str = "/dev/ublkb5";
+pub const DEVICE: &str = "/dev/ublkb5";
 /// For the server's process: how it shall serve.
 const ARGUMENTS: &str = "FARSHORE_UBLK_FRONT";
 
@@ -99,14 +99,14 @@ fn config() -> Config {
 }
 
 /// Another process that serves a disk, so that it can be killed.
-struct Serving {
+pub struct Serving {
     child: Child,
     first_line: String,
 }
 
 /// Words of `how`: the disk, and `depth=N`, `copy`. Never more than one queue: the driver makes no
 /// more than the machine has CPUs.
-fn start(how: &str) -> Serving {
+pub fn start(how: &str) -> Serving {
     guest::load("ublk_drv");
     let program = std::env::current_exe().expect("this program");
     let mut child = Command::new(program)
@@ -134,7 +134,7 @@ impl Serving {
         self.first_line.contains("recovered=true")
     }
 
-    fn end(mut self, how: &str) {
+    pub fn end(mut self, how: &str) {
         writeln!(self.child.stdin.take().expect("a pipe"), "{how}").expect("it listens");
         assert!(self.child.wait().expect("it ends").success(), "it did not {how}");
     }

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use farshore_extent::{PairState, PointKind, WallTime};
 use farshore_protocol::admin::{PointInfo, TargetReply, TargetRequest};
 
-use super::stage::{Actor, Stage, replica};
+use super::stage::{Actor, PATIENCE, Stage, replica};
 use super::story::{Story, count};
-use super::{DemoArgs, End, cannot, proof};
+use super::{DemoArgs, End, cannot, disproved, proof};
+use crate::disk::Place;
 use crate::ledger::{Bounds, Running, Workload, WorkloadStats};
 use crate::rpc::{self, Role};
 use crate::units;
@@ -46,18 +47,11 @@ pub struct Load {
 /// Runs the load and everything that happens during it.
 pub fn run(args: &DemoArgs, stage: &mut Stage, story: &Story) -> Result<Load, End> {
     let volume = stage.volume()?;
-    let socket = Stage::socket(&volume)?;
-    let fio = if args.no_fio { None } else { Fio::start(args, stage, &socket) };
+    let place = Stage::place_of(&volume)?;
+    let fio = if args.no_fio { None } else { Fio::start(args, stage, &place) };
     let kinds = if fio.is_some() { "the ledger writer and fio" } else { "the ledger writer" };
     story.chapter(&format!("{} seconds of work on the disk, by {kinds}", args.seconds));
-    let workload = Workload {
-        socket,
-        export: volume.info.name.to_string(),
-        writers: 4,
-        depth: 4,
-        bytes_per_second: args.rate,
-        seed: 1,
-    };
+    let workload = Workload { place, writers: 4, depth: 4, bytes_per_second: args.rate, seed: 1 };
     let mut load = Load { span: (WallTime::now(), WallTime::now()), ..Load::default() };
     let begun = Instant::now();
     let running =
@@ -65,7 +59,7 @@ pub fn run(args: &DemoArgs, stage: &mut Stage, story: &Story) -> Result<Load, En
     let mut scene = Scene { stage, story, load: &mut load, running: &running, begun };
     scene.play(Duration::from_secs(args.seconds))?;
     load.stats = running.finish().map_err(|e| cannot("a write to the protected disk failed", e))?;
-    load.fio = fio.and_then(Fio::finish);
+    load.fio = fio.map(Fio::finish).transpose()?;
     load.took = begun.elapsed();
     load.span.1 = WallTime::now();
     drain(stage, &mut load, story)?;
@@ -92,6 +86,10 @@ impl Scene<'_> {
         self.watch_until(length * 4 / 6)?;
         self.accident(Actor::Target, "nobody receives now; writes go on and are remembered")?;
         self.tag("after-the-target")?;
+        if self.stage.device {
+            self.watch_until(length * 5 / 6)?;
+            self.filterd_dies()?;
+        }
         self.watch_until(length)
     }
 
@@ -161,6 +159,39 @@ impl Scene<'_> {
         ));
         Ok(())
     }
+
+    /// Only with a block device: the kernel keeps it and its requests for the next filterd.
+    fn filterd_dies(&mut self) -> Result<(), End> {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.stage.kill(Actor::Filterd)?;
+        let dead = Instant::now();
+        self.story.event("kill -9 filterd: its device answers nobody; writers wait");
+        self.stage.pause(Duration::from_millis(300))?;
+        let before = self.running.bytes.load(Relaxed);
+        self.stage.start(Actor::Filterd)?;
+        let bytes = std::sync::Arc::clone(&self.running.bytes);
+        self.stage.until("the waiting writes", |_| (bytes.load(Relaxed) > before).then_some(()))?;
+        let waited = units::moment(dead.elapsed());
+        if self.running.broken() {
+            return Err(disproved("a write failed when filterd died", "it had to wait"));
+        }
+        // Once a point can be cut, order is restored: what may have been missed is there again.
+        let back = Instant::now();
+        while let Err(end) = self.tag("after-filterd") {
+            match end {
+                End::Problem(_) if back.elapsed() < PATIENCE => {
+                    self.stage.pause(Duration::from_millis(200))?;
+                }
+                end => return Err(end),
+            }
+        }
+        self.story.say(&format!(
+            "Writes waited {waited} and none failed; what may have been missed was there again \
+             within {}.",
+            units::moment(back.elapsed())
+        ));
+        Ok(())
+    }
 }
 
 /// Cuts a point and waits until it is durable.
@@ -201,16 +232,22 @@ fn drain(stage: &mut Stage, load: &mut Load, story: &Story) -> Result<(), End> {
 struct Fio(Child);
 
 impl Fio {
-    /// None when fio, or its nbd engine, is not installed.
-    fn start(args: &DemoArgs, stage: &Stage, socket: &std::path::Path) -> Option<Self> {
-        let probe = Command::new("fio").arg("--enghelp=nbd").output().ok()?;
+    /// None when fio, or the engine it needs, is not installed.
+    fn start(args: &DemoArgs, stage: &Stage, place: &Place) -> Option<Self> {
+        let (engine, whereto) = match place {
+            Place::Nbd { socket, export } => {
+                ("nbd", format!("--uri=nbd+unix:///{export}?socket={}", socket.display()))
+            }
+            Place::Device(path) => ("libaio", format!("--filename={}", path.display())),
+        };
+        let probe = Command::new("fio").arg(format!("--enghelp={engine}")).output().ok()?;
         if !probe.status.success() {
             return None;
         }
-        let uri = format!("--uri=nbd+unix:///{}?socket={}", stage.name, socket.display());
         let child = Command::new("fio")
-            .args(["--name=demo", "--ioengine=nbd", "--rw=randrw", "--bsrange=4k-64k"])
-            .args(["--iodepth=8", "--time_based", "--rate=2m,4m", "--output-format=json", &uri])
+            .args([&format!("--ioengine={engine}"), "--name=demo", "--direct=1"])
+            .args(["--rw=randrw", "--bsrange=4k-64k", &whereto])
+            .args(["--iodepth=8", "--time_based", "--rate=2m,4m", "--output-format=json"])
             .arg(format!("--offset={}", stage.size / 4 * 3))
             .arg(format!("--size={}", stage.size / 4))
             .arg(format!("--runtime={}", args.seconds))
@@ -221,22 +258,28 @@ impl Fio {
         child.ok().map(Self)
     }
 
-    /// Bytes and writes.
-    fn finish(mut self) -> Option<(u64, u64)> {
-        let output = self.0.stdout.take();
-        let text = output.and_then(|o| std::io::read_to_string(o).ok())?;
-        if !self.0.wait().ok()?.success() {
-            return None;
+    /// Bytes and writes. An error of fio is one of the disk.
+    fn finish(mut self) -> Result<(u64, u64), End> {
+        let failed = |why: String| cannot("fio could not do its work on the disk", why);
+        let output = self.0.stdout.take().map(std::io::read_to_string);
+        let text = output.and_then(Result::ok).unwrap_or_default();
+        let status = self.0.wait().map_err(|e| failed(e.to_string()))?;
+        if !status.success() {
+            return Err(failed(format!("it ended with {status}")));
         }
-        let report: serde_json::Value = serde_json::from_str(text.get(text.find('{')?..)?).ok()?;
+        let json = text.find('{').and_then(|at| text.get(at..)).unwrap_or_default();
+        let report: serde_json::Value =
+            serde_json::from_str(json).map_err(|e| failed(e.to_string()))?;
         let write = &report["jobs"][0]["write"];
-        Some((write["io_bytes"].as_u64()?, write["total_ios"].as_u64()?))
+        let figure = |name: &str| write[name].as_u64().unwrap_or(0);
+        Ok((figure("io_bytes"), figure("total_ios")))
     }
 }
 
 impl Drop for Fio {
     fn drop(&mut self) {
+        // Not waited for: its I/O may wait for a daemon that is dead.
         let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.0.try_wait();
     }
 }

@@ -1,7 +1,8 @@
-//! `farshore demo`: every role as a process of its own on this machine, without root, without
-//! kernel modules and without a fixed port; real work, kills on the way, and a proof at the end.
+//! `farshore demo`: every role as a process of its own on this machine, without a fixed port; real
+//! work, kills on the way, and a proof at the end. Where it may, the disk is a block device by ublk;
+//! without root or without the kernel module it is an NBD socket.
 //!
-//! It uses nothing that a person could not use: the commands, the local sockets and NBD.
+//! It uses nothing that a person could not use: the commands, the local sockets, devices and NBD.
 
 mod figures;
 mod load;
@@ -17,6 +18,7 @@ use farshore_extent::Problem;
 use crate::args::bytes;
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
+use crate::protect::Way;
 use crate::signals;
 use stage::Stage;
 use story::Story;
@@ -39,6 +41,9 @@ pub struct DemoArgs {
     /// Work in this directory and leave everything there
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
+    /// How the disk is reached: ublk if this host has it and you may, else a socket
+    #[arg(long, value_name = "WAY")]
+    attach: Option<Way>,
     /// The built-in workload only, even where fio is installed
     #[arg(long)]
     no_fio: bool,
@@ -113,11 +118,12 @@ fn finish(end: End) -> Result<Exit, Failure> {
 }
 
 fn play(args: &DemoArgs, stage: &mut Stage, story: &Story) -> Result<(), End> {
+    let who = if nix::unistd::geteuid().is_root() { "root" } else { "an ordinary user" };
     story.title(&format!(
-        "Farshore demo: source and target on this machine, as an ordinary user, in {}",
+        "Farshore demo: source and target on this machine, as {who}, in {}",
         stage.place()
     ));
-    let first_copy = stage.protect(story)?;
+    let first_copy = stage.protect(args.attach, story)?;
     let load = load::run(args, stage, story)?;
     let proof = proof::run(stage, &load, story)?;
     figures::show(&first_copy, &load, &proof, story);

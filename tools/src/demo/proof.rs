@@ -200,8 +200,7 @@ fn scratch_is_private(
 fn compare(stage: &Stage, with_fio: bool, story: &Story) -> Result<u64, End> {
     let (view, _) = open(stage, PointChoice::Latest)?;
     let mut replica = client(&view)?;
-    let socket = Stage::socket(&stage.volume()?)?;
-    let source = NbdClient::connect(&socket, stage.name.as_str());
+    let source = Stage::place_of(&stage.volume()?)?.open();
     let mut source = source.map_err(|e| cannot("cannot read the protected disk", e))?;
     let raw = File::open(&stage.disk).map_err(|e| cannot("cannot read the raw disk", e))?;
     let wrong = |e: io::Error| cannot("cannot read for the comparison", e);

@@ -8,19 +8,23 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use farshore_blkfilter::control::VolumeStatus;
+use farshore_blkfilter::control::{AttachKind, ProtectRequest, VolumeStatus};
 use farshore_extent::{PairState, VolumeName};
 use farshore_protocol::admin::{ReplicaStatus, TargetReply, TargetRequest};
 use farshore_protocol::paths::Paths;
 
 use super::story::Story;
 use super::{End, cannot};
+use crate::disk::Place;
 use crate::flag::Flag;
 use crate::ledger::Ledger;
+use crate::protect::Way;
 use crate::{rpc, units};
 
 /// Longest wait for a daemon to answer, and for a state to be reached.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest wait for a process to end, and for the device to be let go.
+const GRACE: Duration = Duration::from_secs(20);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -77,6 +81,8 @@ pub struct Stage {
     pub ledger: Arc<Ledger>,
     /// Writes that filled it before anything began.
     pub primed: u64,
+    /// It is a block device of the kernel, which outlives its daemon.
+    pub device: bool,
 }
 
 impl Stage {
@@ -108,6 +114,7 @@ impl Stage {
             size,
             primed: ledger.issued(),
             ledger,
+            device: false,
         })
     }
 
@@ -220,8 +227,9 @@ impl Stage {
         Ok(())
     }
 
-    /// Sets both hosts up as a person would, and waits for the first copy.
-    pub fn protect(&mut self, story: &Story) -> Result<FirstCopy, End> {
+    /// Sets both hosts up as a person would, and waits for the first copy. `wish`: how the disk is
+    /// to be reached.
+    pub fn protect(&mut self, wish: Option<Way>, story: &Story) -> Result<FirstCopy, End> {
         let size = units::bytes(self.size);
         story.chapter(&format!("A disk of {size} gets a target that will keep its past"));
         let listen = format!("127.0.0.1:{}", free_port()?);
@@ -248,13 +256,18 @@ impl Stage {
         self.start(Actor::Filterd)?;
         story.command("agent &");
         self.start(Actor::Agent)?;
+        let way = self.choose(wish, story)?;
+        self.device = way != Way::Socket;
         let begun = Instant::now();
         let disk = self.disk.display().to_string();
         self.command(
             story,
-            "protect disk.img --name demo --policy 1s --attach socket",
-            &["protect", &disk, "--name", "demo", "--policy", "1s", "--attach", "socket"],
+            &format!("protect disk.img --name demo --policy 1s --attach {}", way.word()),
+            &["protect", &disk, "--name", "demo", "--policy", "1s", "--attach", way.word()],
         )?;
+        if let Place::Device(device) = Self::place_of(&self.volume()?)? {
+            story.say(&format!("The disk is {}, a block device of this host.", device.display()));
+        }
         let name = self.name.clone();
         self.until("the first point", |paths| {
             let replica = replica(paths, &name)?;
@@ -275,15 +288,65 @@ impl Stage {
         volume.ok_or_else(|| cannot("filterd does not know the volume", "it was protected before"))
     }
 
-    /// The socket of the volume.
-    pub fn socket(volume: &VolumeStatus) -> Result<PathBuf, End> {
-        let socket = volume.info.attachment.socket().map(PathBuf::from);
-        socket.ok_or_else(|| cannot("the volume has no socket", "it was attached as a device"))
+    /// The wish, else ublk where it is possible, else a socket, telling why.
+    fn choose(&self, wish: Option<Way>, story: &Story) -> Result<Way, End> {
+        if let Some(way) = wish {
+            return Ok(way);
+        }
+        let request = ProtectRequest {
+            name: self.name.clone(),
+            backing: self.disk.clone(),
+            attach: None,
+            nbd_socket: None,
+            pool_bytes: None,
+            point_interval_ms: None,
+        };
+        let best = rpc::filterd(&self.paths)?.preflight(request)?.attach;
+        if best.as_ref().is_some_and(|best| best.kind == AttachKind::Ublk) {
+            return Ok(Way::Ublk);
+        }
+        let why = best.map_or_else(|| "filterd did not say why".to_owned(), |best| best.why);
+        story.say(&format!("The disk will be a socket, not a block device: {why}."));
+        Ok(Way::Socket)
+    }
+
+    /// Where the volume is found.
+    pub fn place_of(volume: &VolumeStatus) -> Result<Place, End> {
+        let info = &volume.info;
+        let device = info.link.as_deref().or(info.attachment.device()).map(PathBuf::from);
+        let socket = info.attachment.socket().map(PathBuf::from);
+        match (device, socket) {
+            (Some(device), _) => Ok(Place::Device(device)),
+            (None, Some(socket)) => Ok(Place::Nbd { socket, export: info.name.to_string() }),
+            (None, None) => Err(cannot("the volume cannot be found", "no device and no socket")),
+        }
+    }
+
+    /// A block device stays in the kernel without its daemon, and its users wait: it is removed
+    /// while there is a daemon to do it.
+    fn remove_device(&mut self) {
+        if !self.device {
+            return;
+        }
+        if !self.running.iter().any(|(actor, _)| *actor == Actor::Filterd) {
+            let _ = self.start(Actor::Filterd);
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < GRACE {
+            let removed = rpc::filterd(&self.paths)
+                .is_ok_and(|mut filterd| filterd.unprotect(self.name.clone(), false).is_ok());
+            if removed {
+                self.device = false;
+                return;
+            }
+            let _ = Flag::default().wait(LOOK);
+        }
     }
 
     /// Ends every process, gently first.
     pub fn stop_all(&mut self) {
         use nix::sys::signal::{Signal, kill};
+        self.remove_device();
         let pause = Flag::default();
         // The source first: while it stops, the others take what it captured, and it ends clean.
         self.running.sort_by_key(|(actor, _)| *actor);
@@ -293,7 +356,7 @@ impl Stage {
             }
             let begun = Instant::now();
             while matches!(child.try_wait(), Ok(None)) {
-                if begun.elapsed() > Duration::from_secs(5) {
+                if begun.elapsed() > GRACE {
                     let _ = child.kill();
                     let _ = child.wait();
                     break;

@@ -1,8 +1,7 @@
-//! Writers that keep a disk busy over NBD and enter every write into the ledger.
+//! Writers that keep a disk busy and enter every write into the ledger.
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -10,19 +9,18 @@ use std::time::{Duration, Instant};
 
 use super::block::{BLOCK, mix};
 use super::history::{Ledger, Ticket};
+use crate::disk::{Disk, Place};
 use crate::flag::Flag;
-use crate::nbd_client::{NbdClient, Op};
+use crate::nbd_client::Op;
 
 /// How to write.
 #[derive(Debug, Clone)]
 pub struct Workload {
-    /// Unix socket of the export.
-    pub socket: PathBuf,
-    /// Name of the export.
-    pub export: String,
-    /// Connections, one thread each.
+    /// The disk.
+    pub place: Place,
+    /// Threads; each opens the disk.
     pub writers: u32,
-    /// Requests in flight on each connection.
+    /// Requests in flight of each; a block device takes one at a time.
     pub depth: usize,
     /// Most bytes a second of all writers together; 0 is no limit.
     pub bytes_per_second: u64,
@@ -81,10 +79,10 @@ impl Running {
     ///
     /// # Errors
     /// The first writer's error: a lost connection, or an error the device gave.
-    pub fn finish(self) -> io::Result<WorkloadStats> {
+    pub fn finish(mut self) -> io::Result<WorkloadStats> {
         self.stop.set();
         let mut sum = WorkloadStats::default();
-        for thread in self.threads {
+        for thread in std::mem::take(&mut self.threads) {
             let result = thread.join();
             sum.add(result.map_err(|_| io::Error::other("a writer panicked"))??);
         }
@@ -98,11 +96,18 @@ impl Running {
     }
 }
 
+impl Drop for Running {
+    /// The writers end by themselves; not waited for, as their disk may have stopped answering.
+    fn drop(&mut self) {
+        self.stop.set();
+    }
+}
+
 impl Workload {
-    /// Connects all writers and lets them loose.
+    /// Opens the disk for all writers and lets them loose.
     ///
     /// # Errors
-    /// When a connection cannot be made.
+    /// When it cannot be opened.
     pub fn start(&self, ledger: &Arc<Ledger>) -> io::Result<Running> {
         let stop = Flag::default();
         let bytes = Arc::new(AtomicU64::new(0));
@@ -111,7 +116,7 @@ impl Workload {
         for id in 0..self.writers {
             let mut writer = Writer {
                 id,
-                client: NbdClient::connect(&self.socket, &self.export)?,
+                disk: self.place.open()?,
                 ledger: Arc::clone(ledger),
                 random: mix(self.seed ^ u64::from(id) << 32),
                 waiting: HashMap::new(),
@@ -129,7 +134,7 @@ impl Workload {
                     }
                     let len = writer.send_one()?;
                     sent.fetch_add(len, Ordering::Relaxed);
-                    while writer.client.in_flight() >= depth {
+                    while writer.disk.in_flight() >= depth {
                         writer.take_one()?;
                     }
                     since_flush += 1;
@@ -155,7 +160,7 @@ fn ahead_of_rate(rate: u64, sent: u64, started: Instant) -> Duration {
 
 struct Writer {
     id: u32,
-    client: NbdClient,
+    disk: Disk,
     ledger: Arc<Ledger>,
     random: u64,
     /// Writes by cookie; none for a flush.
@@ -192,7 +197,7 @@ impl Writer {
                 break ticket;
             }
             // In flight elsewhere: another place. With everything in flight, wait for an answer.
-            if self.client.in_flight() > 0 {
+            if self.disk.in_flight() > 0 {
                 self.take_one()?;
             }
         };
@@ -200,10 +205,10 @@ impl Writer {
         let fua = self.below(100) == 0;
         let begun = Instant::now();
         let cookie = if ticket.zero {
-            self.client.submit(Op::Zero { offset, len, fua })?
+            self.disk.submit(Op::Zero { offset, len, fua })?
         } else {
             let data = self.ledger.payload(&ticket);
-            self.client.submit(Op::Write { offset, data: &data, fua })?
+            self.disk.submit(Op::Write { offset, data: &data, fua })?
         };
         self.waiting.insert(cookie, (Some(ticket), begun));
         Ok(u64::from(len))
@@ -212,17 +217,17 @@ impl Writer {
     /// Lets time pass, and takes the answers that come meanwhile at once: one that lies unread is
     /// neither acknowledged nor timed.
     fn pause(&mut self, stop: &Flag, time: Duration) -> io::Result<()> {
-        if self.client.in_flight() == 0 {
+        if self.disk.in_flight() == 0 {
             // The caller looks at the flag next.
             let _set = stop.wait(time);
-        } else if self.client.answer_within(time.min(LONGEST_PAUSE))? {
+        } else if self.disk.answer_within(time.min(LONGEST_PAUSE))? {
             self.take_one()?;
         }
         Ok(())
     }
 
     fn take_one(&mut self) -> io::Result<()> {
-        let done = self.client.complete()?;
+        let done = self.disk.complete()?;
         let Some((ticket, begun)) = self.waiting.remove(&done.cookie) else { return Ok(()) };
         if done.error != 0 {
             self.stats.errors += 1;
@@ -242,16 +247,16 @@ impl Writer {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let cookie = self.client.submit(Op::Flush)?;
+        let cookie = self.disk.submit(Op::Flush)?;
         self.waiting.insert(cookie, (None, Instant::now()));
         Ok(())
     }
 
     fn drain(mut self) -> io::Result<WorkloadStats> {
-        while self.client.in_flight() > 0 {
+        while self.disk.in_flight() > 0 {
             self.take_one()?;
         }
-        self.client.flush()?;
+        self.disk.flush()?;
         Ok(self.stats)
     }
 }

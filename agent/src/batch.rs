@@ -87,6 +87,12 @@ pub enum FeedError {
         /// Place the feed began at.
         durable: Lsn,
     },
+    /// Batches that only the spool had cannot be read back.
+    #[error("the spool cannot be read back: {why}")]
+    Spool {
+        /// What failed.
+        why: String,
+    },
     /// `filterd` does not hand out records from this place.
     #[error("filterd refuses to hand out the changes: {problem}")]
     Refused {
@@ -113,6 +119,7 @@ impl FeedError {
                 )
                 .with_risk("none for the disk; no new recovery point until the copy has ended"),
             ),
+            Self::Spool { why } => FeedFailure::Damaged(crate::problem::spool_damaged(name, why)),
             Self::Refused { problem } => FeedFailure::Damaged(problem.clone()),
             Self::Behind { .. } => FeedFailure::Diverged(Problem::harmless(
                 3011,
@@ -158,6 +165,12 @@ impl Feed {
     #[must_use]
     pub fn place(&self) -> Lsn {
         self.open.unwrap_or(self.resume.after)
+    }
+
+    /// Place, chain and generation after the last finished batch.
+    #[must_use]
+    pub const fn border(&self) -> Resume {
+        self.resume
     }
 
     /// Whether records wait for [`Self::finish`].

@@ -7,7 +7,7 @@ use farshore_protocol::config::{ByteSize, parse_toml};
 use farshore_protocol::paths::Paths;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES};
+use crate::limits::{DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, SPOOL_PERCENT};
 use crate::problem;
 use crate::session::RetryPreset;
 
@@ -27,8 +27,17 @@ pub const DEFAULT_FILE: &str = "\
 # Memory for changes that were sent and not yet acknowledged, for all volumes together.
 #window = \"64MiB\"
 
-# After a failure: \"fast\" (100 ms to 5 s) or \"patient\" (1, 2, 4, 8, 10, then every 30 minutes).
+# After a failure: \"fast\" (1 s, doubled up to 30 s) or \"literal\" (1, 2, 4, 8, 10, then every 30
+# minutes). Never after an authentication error or a refusal: correct the cause, then reload (SIGHUP).
 #retry = \"fast\"
+
+# While the target is away and the capture pool is half full, changes are kept on this host's disk:
+# in this folder (default: spool in the agent's state directory; never on a protected volume),
+#spool_dir = \"/var/lib/farshore/agent/spool\"
+# up to this share of that disk in percent, for all volumes together (0: no spool),
+#spool_percent = 50
+# and up to so many bytes. Default: no limit but the share.
+#spool_max = \"100GiB\"
 
 # Control socket of filterd. Default: filterd.sock in the run directory.
 #filterd_socket = \"/run/farshore/filterd.sock\"
@@ -48,6 +57,12 @@ pub struct Config {
     pub window: ByteSize,
     /// How patiently failures are tried again.
     pub retry: RetryPreset,
+    /// Folder of the spool; none: in the state directory.
+    pub spool_dir: Option<PathBuf>,
+    /// Share of its disk that the spool may take, in percent; 0 is no spool.
+    pub spool_percent: u8,
+    /// Bytes that the spools of all volumes may take together; none: only the share.
+    pub spool_max: Option<ByteSize>,
     /// Control socket of `filterd`; none: in the run directory.
     pub filterd_socket: Option<PathBuf>,
 }
@@ -60,6 +75,9 @@ impl Default for Config {
             zstd_level: 1,
             window: ByteSize::from_bytes(DEFAULT_WINDOW_BYTES),
             retry: RetryPreset::default(),
+            spool_dir: None,
+            spool_percent: SPOOL_PERCENT,
+            spool_max: None,
             filterd_socket: None,
         }
     }
@@ -95,6 +113,9 @@ impl Config {
         if config.zstd_level > 3 {
             return Err(problem::setting(name, "zstd_level must be 0, 1, 2 or 3"));
         }
+        if config.spool_percent > 90 {
+            return Err(problem::setting(name, "spool_percent must be 0 to 90"));
+        }
         if config.window.bytes() < MIN_WINDOW_BYTES {
             let least = ByteSize::from_bytes(MIN_WINDOW_BYTES);
             return Err(problem::setting(name, format!("window must be at least {least}")));
@@ -107,10 +128,29 @@ impl Config {
         Ok(config)
     }
 
+    /// One line for each setting that is another one in `new`.
+    #[must_use]
+    pub fn changes(&self, new: &Self) -> Vec<String> {
+        let lines = |config: &Self| -> Vec<String> {
+            let text = toml::to_string(config).unwrap_or_default();
+            text.lines().map(str::to_owned).collect()
+        };
+        let (old, new) = (lines(self), lines(new));
+        let gone = old.iter().filter(|l| !new.contains(l)).map(|l| format!("was: {l}"));
+        let came = new.iter().filter(|l| !old.contains(l)).map(|l| format!("now: {l}"));
+        gone.chain(came).collect()
+    }
+
     /// Level for the batch builder.
     #[must_use]
     pub fn zstd(&self) -> Option<i32> {
         (self.zstd_level > 0).then(|| i32::from(self.zstd_level))
+    }
+
+    /// Folder of the spools of all volumes.
+    #[must_use]
+    pub fn spool_dir(&self, paths: &Paths) -> PathBuf {
+        self.spool_dir.clone().unwrap_or_else(|| paths.state.join("agent").join("spool"))
     }
 
     /// Control socket of `filterd`.
@@ -149,6 +189,8 @@ mod tests {
         let defaults = Config {
             target: given.target.clone(),
             proxy: given.proxy.clone(),
+            spool_dir: given.spool_dir.clone(),
+            spool_max: given.spool_max,
             filterd_socket: given.filterd_socket.clone(),
             ..Config::default()
         };
@@ -158,10 +200,25 @@ mod tests {
     #[test]
     fn unknown_keys_and_impossible_values_are_refused() {
         assert_eq!(Config::parse("windw = \"64MiB\"", "x").unwrap_err().code.0, 1102);
-        for bad in ["zstd_level = 4", "window = \"1MiB\"", "target = \"backup\"", "proxy = \":1\""]
-        {
+        for bad in [
+            "zstd_level = 4",
+            "spool_percent = 91",
+            "window = \"1MiB\"",
+            "target = \"backup\"",
+            "proxy = \":1\"",
+        ] {
             assert_eq!(Config::parse(bad, "x").unwrap_err().code.0, 5207, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_reload_names_every_setting_that_differs() {
+        let new = Config::parse("retry = \"literal\"\nspool_max = \"1GiB\"", "x").unwrap();
+        let changes = Config::default().changes(&new);
+        assert!(changes.contains(&"was: retry = \"fast\"".to_owned()), "{changes:?}");
+        assert!(changes.contains(&"now: retry = \"literal\"".to_owned()), "{changes:?}");
+        assert!(changes.iter().any(|c| c.starts_with("now: spool_max")), "{changes:?}");
+        assert_eq!(new.changes(&new), Vec::<String>::new());
     }
 
     #[test]

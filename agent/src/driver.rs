@@ -19,6 +19,7 @@ use crate::batch::FeedOptions;
 use crate::config::Config;
 use crate::identity::{Identity, NewKey};
 use crate::intake::{self, Intake};
+use crate::keeper::{Budget, Keeper};
 use crate::limits::{CHANNEL, LIST_INTERVAL};
 use crate::line::{self, FromFilterd, Line, Purpose};
 use crate::link::{Greeting, Link, LinkConfig, Outbox};
@@ -66,6 +67,7 @@ pub(crate) struct Driver {
     intakes: BTreeMap<VolumeId, Intake>,
     line: Line,
     memory: MemoryFile,
+    budget: Arc<Budget>,
     points: Points,
     volumes: BTreeMap<VolumeId, VolumeStatus>,
     reporter: Reporter,
@@ -86,6 +88,8 @@ impl Driver {
         let socket = config.filterd_socket(&paths);
         let line = Line::spawn(socket.clone(), Box::new(sink));
         let line = line.map_err(|e| problem::file("start the thread for", &socket, &e))?;
+        let most = config.spool_max.map(|max| max.bytes());
+        let budget = Budget::new(config.spool_dir(&paths), most, config.spool_percent);
         let session = Session::new(SessionConfig {
             window_bytes: usize::try_from(config.window.bytes()).unwrap_or(usize::MAX),
             retry: config.retry,
@@ -93,6 +97,7 @@ impl Driver {
         });
         Ok(Self {
             memory: MemoryFile::load(&paths)?,
+            budget: Arc::new(budget),
             paths,
             config,
             identity,
@@ -143,6 +148,28 @@ impl Driver {
         self.step(Event::Stop).await;
     }
 
+    /// Reads agent.toml again and tries at once whatever had been given up.
+    pub(crate) async fn reload(&mut self) {
+        let new = match Config::load(&self.paths) {
+            Ok(new) => new,
+            Err(problem) => {
+                let Problem { why, next, .. } = &problem;
+                tracing::error!(%problem, why, next, "the settings stay as they are");
+                return;
+            }
+        };
+        for change in self.config.changes(&new) {
+            tracing::info!(change, "agent.toml was read again (FS-5209)");
+        }
+        let fixed = (self.config.filterd_socket.clone(), self.config.spool_dir.clone());
+        self.config = Config { filterd_socket: fixed.0, spool_dir: fixed.1, ..new };
+        let most = self.config.spool_max.map(|max| max.bytes());
+        self.budget.set(most, self.config.spool_percent);
+        let window = usize::try_from(self.config.window.bytes()).unwrap_or(usize::MAX);
+        self.step(Event::Reload { retry: self.config.retry, window_bytes: window }).await;
+        self.show();
+    }
+
     pub(crate) async fn take(&mut self, input: Input) {
         match input {
             Input::Intake(volume, feed, intake::Report::Batch(batch)) => {
@@ -151,6 +178,10 @@ impl Driver {
             Input::Intake(volume, feed, intake::Report::Failed(failure)) => {
                 tracing::error!(%volume, ?failure, "the changes of a volume cannot be shipped");
                 self.step(Event::FeedFailed { volume, feed, failure }).await;
+            }
+            Input::Intake(volume, _, intake::Report::Spool(state)) => {
+                self.reporter.spool(volume, state);
+                self.show();
             }
             Input::Filterd(FromFilterd::Volumes(volumes)) => self.listed(volumes).await,
             Input::Filterd(FromFilterd::Lost(problem)) => {
@@ -257,7 +288,12 @@ impl Driver {
                     intake.pull(feed, durable);
                 }
             }
-            Action::Release { volume, upto } => self.line.release(volume, upto),
+            Action::Release { volume, upto } => {
+                if let Some(intake) = self.intakes.get(&volume) {
+                    intake.trim(upto);
+                }
+                self.line.release(volume, upto);
+            }
             Action::Remember { volume, memory } => {
                 // A few milliseconds at most every 5 s; nothing else may happen in between.
                 tokio::task::block_in_place(|| self.memory.set(volume, memory))
@@ -276,7 +312,10 @@ impl Driver {
             };
             let options = FeedOptions { zstd_level: self.config.zstd(), ..FeedOptions::default() };
             let who = (volume, status.info.name.clone());
-            let intake = Intake::spawn(socket.to_owned(), who, options, Box::new(sink))?;
+            let keeper = Keeper::new(self.budget.clone(), &status.info);
+            let memory = self.memory.get(volume);
+            let socket = socket.to_owned();
+            let intake = Intake::spawn(socket, who, options, keeper, memory, Box::new(sink))?;
             self.intakes.insert(volume, intake);
         }
         Ok(self.intakes.get(&volume))
@@ -347,7 +386,7 @@ impl Driver {
         for (volume, status) in self.volumes.clone() {
             // Number 0: an epoch without any record yet.
             let captured = status.captured.max(Lsn::new(status.info.epoch, Seq::ZERO));
-            let released = status.released;
+            let released = status.durable;
             let same = before.get(&volume).is_some_and(|b| facts(b) == facts(&status));
             let event = if same {
                 Event::VolumeSeen { volume, captured, released }
@@ -361,6 +400,11 @@ impl Driver {
                 Event::VolumeAdded { facts: facts(&status), memory, captured, released }
             };
             self.step(event).await;
+            // From now on, whether or not the target answers: what it misses is spooled.
+            let socket = self.config.filterd_socket(&self.paths);
+            if let Err(e) = self.intake(volume, &socket) {
+                tracing::warn!(%volume, error = %e, "no thread for the volume; tried again");
+            }
         }
     }
 

@@ -1,12 +1,13 @@
 //! The agent: ships captured changes to the target host.
 //!
 //! A record meets the modules in this order: [`intake`] fetches descriptors from `filterd` and
-//! reads payload from the mapped pool; [`batch`] builds batches from them; [`session`] (a state
-//! machine without I/O) decides what is sent, resent and released; [`link`] carries it over TLS.
+//! reads payload from the mapped pool; [`batch`] builds batches from them; [`supply`] keeps them in
+//! order, in memory or in the [`spool`]; [`session`] (a state machine without I/O) decides what is
+//! sent, resent and released; [`link`] carries it over TLS. [`keeper`] has the rules of the spool.
 //! [`points`] cuts recovery points at the target's interval, [`status`] answers people.
 //!
-//! The agent needs no privileges, opens no port, and holds nothing that it could lose: what is not
-//! durable at the target is still in `filterd`.
+//! The agent needs no privileges, opens no port, and holds nothing in memory that it could lose: what
+//! is not durable at the target is durable in the spool or still in `filterd`.
 #![forbid(unsafe_code)]
 
 pub mod batch;
@@ -16,6 +17,7 @@ mod durable_fs;
 mod enroll;
 pub mod identity;
 pub mod intake;
+pub mod keeper;
 pub mod limits;
 pub mod line;
 pub mod link;
@@ -26,7 +28,9 @@ mod reach;
 mod report;
 mod run;
 pub mod session;
+pub mod spool;
 pub mod status;
+pub mod supply;
 
 pub use enroll::{EnrollOptions, Enrolled, enroll};
 pub use reach::{Reached, reach};

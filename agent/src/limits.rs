@@ -2,7 +2,8 @@
 //!
 //! Ceiling: the window (configured, 64 MiB) + for each volume one batch that exceeds it, the
 //! batches being built ahead and the builder's buffers: at most
-//! `(1 + PULLS_AHEAD) x 2.3 MiB + 3 MiB`, about 10 MiB and in practice 3.
+//! `(1 + PULLS_AHEAD) x 2.3 MiB + 3 MiB`, about 10 MiB and in practice 3; while it spools what is
+//! not synced yet, [`SPOOL_SYNC_BYTES`] and one batch.
 
 use std::time::Duration;
 
@@ -52,3 +53,29 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long an orderly stop waits for acknowledgements.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How often the fill level of the pool is looked at while the target takes batches.
+pub const POOL_LOOK_IDLE: Duration = Duration::from_millis(100);
+
+/// How often the fill level of the pool is looked at while it does not: 20 ms are 10 MB at
+/// 500 MB/s.
+pub const POOL_LOOK: Duration = Duration::from_millis(20);
+
+/// Longest time between a write to the spool and its sync.
+pub const SPOOL_SYNC: Duration = Duration::from_secs(1);
+
+/// Bytes written to the spool after which it is synced, for a large pool. They are held in memory
+/// until then.
+pub const SPOOL_SYNC_BYTES: u64 = 16 << 20;
+
+/// How long a spool rests after a failure of its disk.
+pub const SPOOL_RETRY: Duration = Duration::from_secs(10);
+
+/// A target that took a batch this long ago is not away.
+pub const STREAMING_FOR: Duration = Duration::from_secs(2);
+
+/// Share of its disk that the spool may take, in percent: literal rule 4 of the goals.
+pub const SPOOL_PERCENT: u8 = 50;
+
+/// Events kept for status.
+pub const MAX_EVENTS: usize = 64;

@@ -4,7 +4,7 @@
 use std::fmt::Display;
 use std::path::Path;
 
-use farshore_extent::Problem;
+use farshore_extent::{Problem, VolumeName};
 
 const BEHIND: &str =
     "none for the disk; the replica falls behind, and changes wait on this host until then";
@@ -183,4 +183,64 @@ pub fn not_ordered(volumes: &str) -> Problem {
         "changes are being copied, so no place in the log is consistent",
         "try again when farshore status shows the volume as protected",
     )
+}
+
+/// FS-5211: the spool's disk failed.
+#[must_use]
+pub fn spool_failed(volume: &str, dir: &Path, why: &dyn Display) -> Problem {
+    Problem::harmless(
+        5211,
+        format!("changes of volume {volume} cannot be spooled"),
+        format!("{}: {why}", dir.display()),
+        "check the disk, its space and the permissions of the folder (it belongs to the user of \
+         the agent); it is tried again every 10 s by itself",
+    )
+    .with_risk(
+        "none for the disk; when the capture pool is full before the target is back, points stop \
+         until what changed has been copied",
+    )
+}
+
+/// FS-5212: the spool is at its limit.
+#[must_use]
+pub fn spool_full(volume: &str, dir: &Path, bytes: u64) -> Problem {
+    Problem::harmless(
+        5212,
+        format!("the spool of volume {volume} has reached its limit"),
+        format!("it holds {bytes} bytes, and {} may take no more", dir.display()),
+        "get the target back; points up to now arrive there first, then what changed is copied. \
+         For longer outages give the spool a larger disk, or raise spool_percent or spool_max in \
+         agent.toml",
+    )
+    .with_risk(
+        "none for the disk; once the capture pool is full as well, points stop until what changed \
+         has been copied",
+    )
+}
+
+/// FS-5213: the spool lies on what is being captured.
+#[must_use]
+pub fn spool_on_protected(dir: &Path, volume: &VolumeName) -> Problem {
+    Problem::harmless(
+        5213,
+        "nothing is spooled: the spool would lie on a protected volume",
+        format!(
+            "{} is on volume {volume}: each change spooled would be another one",
+            dir.display()
+        ),
+        "set spool_dir in agent.toml to a folder on another disk and restart the agent",
+    )
+    .with_risk("none for the disk; an outage of the target is bridged by the capture pool alone")
+}
+
+/// FS-5214: what only the spool had is gone.
+#[must_use]
+pub fn spool_damaged(volume: &str, why: &str) -> Problem {
+    Problem::harmless(
+        5214,
+        format!("the spool of volume {volume} is damaged"),
+        why,
+        "check the disk of the spool; the volume is being copied again by itself",
+    )
+    .with_risk("none for the disk; no new recovery point until the copy has ended")
 }

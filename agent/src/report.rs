@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use farshore_extent::{Problem, VolumeId, WallTime};
-use farshore_protocol::admin::{AgentStatus, AgentVolume};
+use farshore_protocol::admin::{AgentStatus, AgentVolume, SpoolInfo};
 
 use crate::session::{LinkState, Session, VolumeSession};
 
@@ -23,6 +23,7 @@ pub(crate) struct Replica {
 #[derive(Debug, Default)]
 pub(crate) struct Reporter {
     replicas: BTreeMap<VolumeId, Replica>,
+    spools: BTreeMap<VolumeId, SpoolInfo>,
 }
 
 impl Reporter {
@@ -30,8 +31,13 @@ impl Reporter {
         self.replicas.insert(volume, replica);
     }
 
+    pub(crate) fn spool(&mut self, volume: VolumeId, spool: SpoolInfo) {
+        self.spools.insert(volume, spool);
+    }
+
     pub(crate) fn forget(&mut self, volume: VolumeId) {
         self.replicas.remove(&volume);
+        self.spools.remove(&volume);
     }
 
     /// The status as people's tools read it.
@@ -62,11 +68,12 @@ impl Reporter {
         let facts = session.facts();
         let marks = session.watermarks();
         let replica = self.replicas.get(&facts.volume).copied().unwrap_or_default();
+        let spool = self.spools.get(&facts.volume).cloned().unwrap_or_default();
         let known = |time: WallTime| (time != WallTime::default()).then_some(time);
         AgentVolume {
             volume: facts.volume,
             name: facts.name.clone(),
-            problem: session.problem().cloned(),
+            problem: session.problem().or(spool.problem.as_ref()).cloned(),
             sent: marks.sent(),
             journaled: marks.journaled(),
             journaled_time: session.acked_time(),
@@ -75,6 +82,7 @@ impl Reporter {
             oldest_point: known(replica.oldest_point),
             raw_bytes: session.totals().raw_bytes,
             wire_bytes: session.totals().wire_bytes,
+            spool,
         }
     }
 }

@@ -8,6 +8,7 @@ use farshore_extent::Problem;
 use farshore_protocol::admin::AgentStatus;
 use farshore_protocol::paths::Paths;
 use nix::fcntl::{Flock, FlockArg};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -50,11 +51,13 @@ pub async fn run(
     let mut driver = Driver::new((config, paths, identity), sender, board)?;
     tracing::info!(target = driver.address(), "the agent is running");
     tokio::pin!(shutdown);
+    let mut hangup = signal(SignalKind::hangup()).ok();
     driver.tick().await;
     loop {
         tokio::select! {
             () = &mut shutdown => break,
             Some(input) = inputs.recv() => driver.take(input).await,
+            () = hung_up(&mut hangup) => driver.reload().await,
             () = sleep(driver.pause()) => {}
         }
         // Cheap, and a loaded channel must not keep the clock from being looked at.
@@ -77,6 +80,14 @@ pub async fn run(
     let _ = std::fs::remove_file(socket);
     tracing::info!("the agent has stopped");
     Ok(())
+}
+
+/// Waits for SIGHUP; forever when the system gives no notice of it.
+async fn hung_up(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
 }
 
 /// One agent for a state directory.

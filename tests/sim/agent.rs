@@ -1,21 +1,26 @@
 //! The agent: the real session core and the real batch building, driven by hand.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::time::Duration;
 
-use farshore_agent::batch::{Feed, FeedOptions};
+use farshore_agent::batch::FeedOptions;
 use farshore_agent::session::{
     Action, Event, Faults, FeedFailure, Jitter, LinkFailure, Session, SessionConfig, VolumeFacts,
     VolumeMemory,
 };
-use farshore_extent::{BlockSizes, Lsn, Problem, VolumeId, VolumeName};
+use farshore_agent::spool::{Spool, SpoolFaults, SpoolOwner};
+use farshore_agent::supply::{Pressure, Supply};
+use farshore_extent::{BlockSizes, CaptureOrder, Lsn, Problem, VolumeId, VolumeName};
 use farshore_protocol::message::FromTarget;
 
 use crate::coverage::{Coverage, Seen};
 use crate::link::{Link, ToTarget};
 use crate::rng::Rng;
 use crate::source::Source;
+use crate::spool::SimSpool;
+
+/// The media of the spools; they survive the agent.
+pub type Spools = BTreeMap<VolumeId, SimSpool>;
 
 /// What survives the agent's death.
 pub type Memory = BTreeMap<VolumeId, VolumeMemory>;
@@ -25,15 +30,16 @@ pub struct Agent {
     session: Session,
     feeds: BTreeMap<VolumeId, Running>,
     actions: Vec<Action>,
-    faults: Faults,
-    batch_bytes: usize,
-    compress: bool,
+    /// The pool looks fuller by this factor, so that outages need not be long.
+    pool_divisor: u64,
 }
 
-/// A feed and the batches asked of it.
+/// What holds the batches of a volume, and those asked of it.
 struct Running {
-    number: u64,
-    feed: Feed,
+    /// Of the feed that the session asked for.
+    number: Option<u64>,
+    supply: Supply<SimSpool>,
+    disk: SimSpool,
     pulls: VecDeque<Lsn>,
 }
 
@@ -42,7 +48,13 @@ fn trouble(why: &str) -> Problem {
 }
 
 impl Agent {
-    pub fn new(rng: &mut Rng, faults: Faults, memory: &Memory, source: &Source) -> Self {
+    pub fn new(
+        rng: &mut Rng,
+        (faults, spool_faults): (Faults, SpoolFaults),
+        memory: &Memory,
+        source: &Source,
+        spools: &Spools,
+    ) -> Self {
         let config = SessionConfig {
             window_bytes: 16 << 10,
             max_batches: 1 + rng.index(6),
@@ -53,11 +65,28 @@ impl Agent {
             session: Session::new(config),
             feeds: BTreeMap::new(),
             actions: Vec::new(),
-            faults,
-            batch_bytes: 512 + rng.index(8 << 10),
-            compress: rng.chance(100),
+            pool_divisor: 1 << rng.below(5),
         };
+        let options = FeedOptions {
+            batch_bytes: 512 + rng.index(8 << 10),
+            zstd_level: rng.chance(100).then_some(1),
+            divide_number: faults.divide_number,
+        };
+        let segment_bytes = (3 + rng.below(16)) * 4096;
         for disk in &source.disks {
+            let owner = SpoolOwner {
+                volume: disk.id,
+                size: disk.size,
+                blocks: BlockSizes::E512,
+                segment_bytes,
+            };
+            let medium = spools[&disk.id].clone();
+            let spool = Spool::open(medium.clone(), owner, spool_faults).ok();
+            let mut supply = Supply::new(disk.id, options, spool, spool_faults);
+            supply.begin(memory.get(&disk.id).copied().unwrap_or_default());
+            let running = Running { number: None, supply, disk: medium, pulls: VecDeque::new() };
+            agent.feeds.insert(disk.id, running);
+
             let facts = VolumeFacts {
                 volume: disk.id,
                 name: VolumeName::new("disk").expect("name"),
@@ -118,31 +147,37 @@ impl Agent {
                     link.send(ToTarget::Batch(volume, batch));
                 }
                 Action::StartFeed { volume, feed, resume, recopy } => {
-                    if let Some(reason) = recopy {
-                        source.recopy(volume, &reason, coverage);
+                    if let Some(reason) = &recopy {
+                        source.recopy(volume, reason, coverage);
                     }
-                    let options = FeedOptions {
-                        zstd_level: self.compress.then_some(1),
-                        batch_bytes: self.batch_bytes,
-                        divide_number: self.faults.divide_number,
-                    };
-                    let feed = Running {
-                        number: feed,
-                        feed: Feed::new(volume, resume, options),
-                        pulls: VecDeque::new(),
-                    };
-                    self.feeds.insert(volume, feed);
+                    let Some(running) = self.feeds.get_mut(&volume) else { continue };
+                    running.number = Some(feed);
+                    running.pulls.clear();
+                    match running.supply.start(resume, recopy.is_some()) {
+                        Ok(true) if running.supply.has_unread() => coverage.saw(Seen::SpoolFound),
+                        Ok(_) => {}
+                        Err(error) => self.damaged(volume, &error.to_string(), source),
+                    }
                 }
                 Action::StopFeed { volume } => {
-                    self.feeds.remove(&volume);
+                    if let Some(running) = self.feeds.get_mut(&volume) {
+                        running.number = None;
+                        running.pulls.clear();
+                        running.supply.drop_feed();
+                    }
                 }
                 Action::Pull { volume, feed, durable } => {
-                    if let Some(running) = self.feeds.get_mut(&volume).filter(|r| r.number == feed)
-                    {
+                    let running = self.feeds.get_mut(&volume);
+                    if let Some(running) = running.filter(|r| r.number == Some(feed)) {
                         running.pulls.push_back(durable);
                     }
                 }
-                Action::Release { volume, upto } => source.release(volume, upto, coverage),
+                Action::Release { volume, upto } => {
+                    if let Some(running) = self.feeds.get_mut(&volume) {
+                        running.supply.trim(upto);
+                    }
+                    source.release(volume, upto, coverage);
+                }
                 Action::Remember { volume, memory: kept } => {
                     memory.insert(volume, kept);
                 }
@@ -150,25 +185,77 @@ impl Agent {
         }
     }
 
-    /// One feed builds one batch, when there are records.
-    pub fn feed(&mut self, rng: &mut Rng, source: &Source) {
-        let asked: Vec<VolumeId> =
-            self.feeds.iter().filter(|(_, r)| !r.pulls.is_empty()).map(|(id, _)| *id).collect();
-        if asked.is_empty() {
+    fn damaged(&mut self, volume: VolumeId, why: &str, source: &Source) {
+        let Some(running) = self.feeds.get_mut(&volume) else { return };
+        running.supply.drop_feed();
+        running.pulls.clear();
+        if let Some(feed) = running.number.take() {
+            let failure = FeedFailure::Damaged(trouble(why));
+            let event = Event::FeedFailed { volume, feed, failure };
+            self.session.step(Self::now(source), event, &mut self.actions);
+        }
+    }
+
+    /// One volume does what its thread would do: hands out, decides, builds, syncs.
+    pub fn feed(
+        &mut self,
+        rng: &mut Rng,
+        source: &mut Source,
+        link: &Link,
+        coverage: &mut Coverage,
+    ) {
+        let which = rng.index(source.disks.len());
+        let volume = source.disks[which].id;
+        let divisor = self.pool_divisor;
+        let Some(running) = self.feeds.get_mut(&volume) else { return };
+        if rng.chance(300) {
+            let now = pressure(rng, source, volume, link, divisor);
+            if running.supply.decide(&now).is_err() {
+                coverage.saw(Seen::SpoolFailed);
+            }
+        }
+        if !running.pulls.is_empty() {
+            match running.supply.take() {
+                Ok(Some(batch)) => {
+                    let Some(feed) = running.number else { return };
+                    if running.disk.holds(&batch.header) {
+                        coverage.saw(Seen::SpoolSent);
+                    }
+                    running.pulls.pop_front();
+                    let event = Event::BatchReady { volume, feed, batch };
+                    self.session.step(Self::now(source), event, &mut self.actions);
+                    return;
+                }
+                Ok(None) => {}
+                Err(error) => return self.damaged(volume, &error.to_string(), source),
+            }
+        }
+        if running.pulls.is_empty() && !running.supply.is_spooling() {
             return;
         }
-        let volume = asked[rng.index(asked.len())];
-        let Some(running) = self.feeds.get_mut(&volume) else { return };
         let most = 1 + rng.index(24);
-        let event = match running.build(volume, source, most) {
+        match running.build(volume, source, most) {
+            Ok(None) => {}
             Ok(Some(batch)) => {
-                running.pulls.pop_front();
-                Event::BatchReady { volume, feed: running.number, batch: Arc::new(batch) }
+                let spooling = running.supply.is_spooling();
+                match running.supply.push(batch) {
+                    Ok(()) if spooling => coverage.saw(Seen::Spooled),
+                    Ok(()) => {}
+                    Err(_) => coverage.saw(Seen::SpoolFailed),
+                }
             }
-            Ok(None) => return,
-            Err(failure) => Event::FeedFailed { volume, feed: running.number, failure },
-        };
-        self.session.step(Self::now(source), event, &mut self.actions);
+            Err(why) => return self.damaged(volume, &why, source),
+        }
+        if rng.chance(250) && running.supply.sync().is_err() {
+            coverage.saw(Seen::SpoolFailed);
+        }
+        if let Some(upto) = running.supply.kept() {
+            assert!(
+                !running.disk.could_lose(upto),
+                "filterd let go of {upto}, which a power cut would take from the spool"
+            );
+            source.spooled(volume, upto, coverage);
+        }
     }
 
     /// A message of the target.
@@ -185,7 +272,10 @@ impl Agent {
     }
 
     pub fn problems(&self) -> Vec<String> {
-        self.session.volumes().filter_map(|v| v.problem().map(ToString::to_string)).collect()
+        self.session
+            .volumes()
+            .filter_map(|v| v.problem().map(|p| format!("{p} ({})", p.why)))
+            .collect()
     }
 
     pub fn state(&self) -> String {
@@ -203,23 +293,38 @@ impl Running {
         volume: VolumeId,
         source: &Source,
         most: usize,
-    ) -> Result<Option<farshore_changelog::EncodedBatch>, FeedFailure> {
-        let durable = *self.pulls.front().expect("asked for");
+    ) -> Result<Option<farshore_changelog::EncodedBatch>, String> {
+        let Some(feed) = self.supply.feed() else { return Ok(None) };
+        let durable = self.pulls.front().copied().unwrap_or_default();
         let mut records = Vec::new();
-        source
-            .fetch(volume, self.feed.place(), most, &mut records)
-            .map_err(|why| FeedFailure::Damaged(trouble(&why)))?;
+        source.fetch(volume, feed.place(), most, &mut records)?;
         for record in &records {
-            let before = self
-                .feed
-                .add(source.epoch(), record, source.pool(volume), durable)
-                .map_err(|e| e.failure("disk"))?;
+            let added = feed.add(source.epoch(), record, source.pool(volume), durable);
+            let before = added.map_err(|e| e.to_string())?;
             if before.is_some() {
                 return Ok(before);
             }
         }
         // A fetch may end in the middle of a number only when the number has more records than
         // were asked for; the next fetch begins after the number, so they must not be cut.
-        Ok(self.feed.finish(durable))
+        Ok(feed.finish(durable))
+    }
+}
+
+fn pressure(
+    rng: &mut Rng,
+    source: &Source,
+    volume: VolumeId,
+    link: &Link,
+    divisor: u64,
+) -> Pressure {
+    let (pool_used, pool_bytes, copy_remaining) = source.pressure(volume);
+    Pressure {
+        pool_used,
+        pool_bytes: pool_bytes / divisor,
+        ordered: source.order(volume) == CaptureOrder::Ordered,
+        copy_remaining,
+        streaming: link.is_up(),
+        room: if rng.chance(100) { 0 } else { 1 << 20 },
     }
 }

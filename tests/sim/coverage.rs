@@ -30,6 +30,11 @@ pub enum Seen {
     MomentChecked,
     Expired,
     PinnedView,
+    Spooled,
+    SpoolSent,
+    SpoolFound,
+    SpoolFailed,
+    HostCrash,
     Drained,
 }
 
@@ -60,6 +65,11 @@ impl Seen {
         Self::MomentChecked,
         Self::Expired,
         Self::PinnedView,
+        Self::Spooled,
+        Self::SpoolSent,
+        Self::SpoolFound,
+        Self::SpoolFailed,
+        Self::HostCrash,
         Self::Drained,
     ];
 }

@@ -11,6 +11,7 @@ mod link;
 mod oracle;
 mod rng;
 mod source;
+mod spool;
 mod target;
 mod world;
 
@@ -136,6 +137,9 @@ planted! {
     finds_pool_room_given_out_twice: core.reuse_pool_before_release;
     finds_a_release_before_the_ack: session.release_before_ack;
     finds_a_chain_not_continued: session.chain_not_continued;
+    finds_a_release_before_the_spool_is_synced: spool.release_before_sync;
+    finds_a_torn_end_of_the_spool_that_is_believed: spool.tail_not_checked;
+    finds_a_spool_that_is_sent_last: spool.sent_out_of_order;
     finds_an_ack_before_the_sync: store.ack_before_sync;
     finds_a_floor_lowered_by_a_crash: store.floor_lowered_after_crash;
     finds_segments_deleted_too_early: store.segments_deleted_before_base_synced;

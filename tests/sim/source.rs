@@ -496,6 +496,15 @@ impl Source {
         self.actions = actions;
     }
 
+    pub fn spooled(&mut self, volume: VolumeId, upto: Lsn, coverage: &mut Coverage) {
+        let key = self.disk(volume).key();
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        drop(self.core.spooled(now, key, upto, &mut actions));
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
     pub fn recopy(&mut self, volume: VolumeId, reason: &str, coverage: &mut Coverage) {
         coverage.saw(Seen::Recopy);
         let key = self.disk(volume).key();
@@ -516,7 +525,13 @@ impl Source {
 
     pub fn watermarks(&self, volume: VolumeId) -> (Lsn, Lsn) {
         let status = self.core.status(self.disk(volume).key()).expect("attached");
-        (status.captured, status.released)
+        (status.captured, status.durable)
+    }
+
+    /// Bytes of the pool in use, its size, and bytes still to be copied.
+    pub fn pressure(&self, volume: VolumeId) -> (u64, u64, u64) {
+        let status = self.core.status(self.disk(volume).key()).expect("attached");
+        (status.pool_used, status.pool_bytes, status.dirty_bytes)
     }
 
     /// Nothing in flight and nobody waiting.

@@ -3,11 +3,12 @@
 
 use std::sync::Arc;
 
-use crate::agent::{Agent, Memory};
+use crate::agent::{Agent, Memory, Spools};
 use crate::coverage::{Coverage, Seen};
 use crate::link::{Link, ToTarget};
 use crate::rng::Rng;
 use crate::source::Source;
+use crate::spool::SimSpool;
 use crate::target::Target;
 
 /// Deliberate defects in each part; none by default.
@@ -15,6 +16,7 @@ use crate::target::Target;
 pub struct Planted {
     pub core: farshore_blkfilter::core::Faults,
     pub session: farshore_agent::session::Faults,
+    pub spool: farshore_agent::spool::SpoolFaults,
     pub store: farshore_target::store::Faults,
 }
 
@@ -24,6 +26,7 @@ struct Weather {
     cut: u64,
     agent_crash: u64,
     source_crash: u64,
+    host_crash: u64,
     target_crash: u64,
     disk_lost: u64,
     faulty_disk: bool,
@@ -38,6 +41,7 @@ impl Weather {
             cut: rate(600, 6),
             agent_crash: rate(400, 3),
             source_crash: rate(300, 2),
+            host_crash: rate(300, 2),
             target_crash: rate(600, 5),
             disk_lost: rate(50, 1),
             expiry: rate(600, 12),
@@ -67,6 +71,7 @@ struct World {
     source: Source,
     agent: Agent,
     memory: Memory,
+    spools: Spools,
     link: Link,
     was_up: bool,
     target: Target,
@@ -77,13 +82,18 @@ impl World {
     fn new(rng: &mut Rng, planted: Planted, faulty_disk: bool) -> Self {
         let source = Source::new(rng, planted.core);
         let memory = Memory::new();
-        let agent = Agent::new(rng, planted.session, &memory, &source);
+        let faulty = rng.chance(300);
+        let spools: Spools =
+            source.disks.iter().map(|d| (d.id, SimSpool::new(rng, faulty))).collect();
+        let faults = (planted.session, planted.spool);
+        let agent = Agent::new(rng, faults, &memory, &source, &spools);
         let target = Target::new(rng, planted.store, faulty_disk);
         Self {
             planted,
             source,
             agent,
             memory,
+            spools,
             link: Link::default(),
             was_up: false,
             target,
@@ -107,6 +117,13 @@ impl World {
         if rng.chance(weather.source_crash) {
             self.source.crash(rng, &mut self.coverage);
             // The agent sees another epoch and pool; its feeds go on from their places.
+        }
+        if rng.chance(weather.host_crash) {
+            if rng.chance(500) {
+                self.crash_host(rng);
+            } else {
+                self.spools.values().for_each(|spool| spool.arm(rng));
+            }
         }
         if rng.chance(weather.target_crash) {
             if rng.chance(600) {
@@ -136,7 +153,16 @@ impl World {
         self.coverage.saw(Seen::AgentCrash);
         self.link.cut();
         self.was_up = false;
-        self.agent = Agent::new(rng, self.planted.session, &self.memory, &self.source);
+        let faults = (self.planted.session, self.planted.spool);
+        self.agent = Agent::new(rng, faults, &self.memory, &self.source, &self.spools);
+    }
+
+    /// The source host loses power: pool and agent are gone, the spool keeps what was synced.
+    fn crash_host(&mut self, rng: &mut Rng) {
+        self.coverage.saw(Seen::HostCrash);
+        self.source.crash(rng, &mut self.coverage);
+        self.spools.values().for_each(SimSpool::power_cycle);
+        self.crash_agent(rng);
     }
 
     fn crash_target(&mut self, rng: &mut Rng) {
@@ -162,7 +188,13 @@ impl World {
                 }
             }
             11 => self.agent.tick(&self.source),
-            12..=13 => self.agent.feed(rng, &self.source),
+            12..=13 => {
+                let (source, link) = (&mut self.source, &self.link);
+                self.agent.feed(rng, source, link, &mut self.coverage);
+                if self.spools.values().any(SimSpool::is_down) {
+                    self.crash_host(rng);
+                }
+            }
             14..=15 => self.deliver(rng),
             _ => self.target_works(rng),
         }
@@ -204,6 +236,7 @@ impl World {
     /// The weather is fine again: everything must come to rest with equal content.
     fn drain(&mut self, rng: &mut Rng) {
         self.link.outage = false;
+        self.spools.values().for_each(SimSpool::heal);
         self.target.heal(rng, &mut self.coverage);
         for round in 0..60_000 {
             self.source.pass(rng.below(8));

@@ -182,7 +182,10 @@ impl Session {
                     self.delay(now, volume, Jitter::default());
                 }
             }
-            Event::Reload => self.reload(now),
+            Event::Reload { retry, window_bytes } => {
+                (self.config.retry, self.config.window_bytes) = (retry, window_bytes);
+                self.reload(now);
+            }
             Event::Stop => self.stopping = true,
         }
         self.go_on(now, actions);

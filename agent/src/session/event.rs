@@ -9,7 +9,7 @@ use farshore_extent::{
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened};
 use serde::{Deserialize, Serialize};
 
-use super::retry::Jitter;
+use super::retry::{Jitter, RetryPreset};
 
 /// What a volume is, as `filterd` says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ pub enum Event {
         /// Last place that can have been handed out, as `filterd` says now. A target beyond it
         /// does not belong to this source.
         captured: Lsn,
-        /// Last place released in `filterd`.
+        /// Last place durable at the target, as `filterd` was told: it gave up these records.
         released: Lsn,
     },
     /// Watermarks of `filterd`.
@@ -91,7 +91,7 @@ pub enum Event {
         volume: VolumeId,
         /// Last place that can have been handed out.
         captured: Lsn,
-        /// Last place released: records up to here are gone.
+        /// Last place durable at the target, as `filterd` was told: records up to here are gone.
         released: Lsn,
     },
     /// `filterd` no longer protects the volume.
@@ -156,7 +156,12 @@ pub enum Event {
         failure: FeedFailure,
     },
     /// The configuration was read again: forget refusals and try now.
-    Reload,
+    Reload {
+        /// As in [`super::SessionConfig`].
+        retry: RetryPreset,
+        /// As in [`super::SessionConfig`].
+        window_bytes: usize,
+    },
     /// Orderly stop: take no more records; what is in the window may still be acknowledged.
     Stop,
 }
@@ -236,7 +241,7 @@ pub enum Action {
         /// Durable watermark for the header of the batch.
         durable: Lsn,
     },
-    /// Records up to here are durable at the target; `filterd` may forget them.
+    /// Records up to here are durable at the target; `filterd` and the spool may forget them.
     Release {
         /// Which volume.
         volume: VolumeId,

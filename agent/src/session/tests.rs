@@ -127,7 +127,7 @@ fn lost_acknowledgement(world: &mut World) {
     world.deliver(2);
     world.target.make_durable(1);
     world.disconnect();
-    world.wait(Duration::from_millis(400));
+    world.wait(Duration::from_secs(2));
     world.deliver(usize::MAX);
 }
 
@@ -167,7 +167,7 @@ fn nothing_is_tried_again_after_an_authentication_error_until_a_reload() {
     world.step(Event::Disconnected { failure: failure(false), jitter: Jitter(0) });
     world.wait(Duration::from_secs(100_000));
     assert!(matches!(world.session.link(), LinkState::Halted { .. }) && !world.up);
-    world.step(Event::Reload);
+    world.step(Event::Reload { retry: RetryPreset::Fast, window_bytes: 64 << 20 });
     assert!(world.up);
 }
 
@@ -185,7 +185,7 @@ fn a_refused_volume_stays_refused_over_reconnects_and_gives_its_memory_back() {
     let session = world.session.volume(world.volume).unwrap();
     assert_eq!((session.phase(), session.window_bytes()), (Phase::Halted, 0));
     assert_eq!(session.problem().map(|p| p.code.0), Some(4004));
-    world.step(Event::Reload);
+    world.step(Event::Reload { retry: RetryPreset::Fast, window_bytes: 64 << 20 });
     world.settle();
     world.check();
 }

@@ -321,4 +321,36 @@ pub struct AgentVolume {
     pub raw_bytes: u64,
     /// Bytes on the wire for them.
     pub wire_bytes: u64,
+    /// Its spool.
+    pub spool: SpoolInfo,
+}
+
+/// Where the changes of a volume go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SpoolLevel {
+    /// From the pool to the target.
+    #[default]
+    Direct,
+    /// To the spool on this host's disk.
+    Spooling,
+    /// From the pool to the target, and the spool waits for the last acknowledgements.
+    Draining,
+    /// The spool has reached its limit: changes wait in the pool.
+    Full,
+    /// The spool's disk failed: changes wait in the pool.
+    Failed,
+}
+
+/// The spool of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SpoolInfo {
+    /// Where changes go now.
+    pub level: SpoolLevel,
+    /// Bytes in the spool.
+    pub bytes: u64,
+    /// Capture time of the oldest change in it.
+    pub since: Option<WallTime>,
+    /// Why it takes nothing, if so.
+    pub problem: Option<farshore_extent::Problem>,
 }

@@ -15,7 +15,7 @@ use farshore_extent::{
 };
 use farshore_protocol::admin::{
     AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, HostInfo, OpenView, PointChoice,
-    PointInfo, ReplicaStatus, TargetReply, TargetRequest, ViewInfo,
+    PointInfo, ReplicaStatus, SpoolInfo, SpoolLevel, TargetReply, TargetRequest, ViewInfo,
 };
 use farshore_protocol::message::{
     FromAgent, FromTarget, OpenVolume, Opened, Verdict, VolumeReport,
@@ -332,6 +332,12 @@ fn agent_reply() -> Vec<Result<AgentReply, Problem>> {
         oldest_point: None,
         raw_bytes: 1,
         wire_bytes: 2,
+        spool: SpoolInfo {
+            level: SpoolLevel::Spooling,
+            bytes: 3,
+            since: Some(time()),
+            problem: None,
+        },
     };
     let status = AgentStatus {
         target: "backup:9443".into(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use farshore_blkfilter::control::VolumeStatus;
 use farshore_extent::{CaptureOrder, PairState, Problem, VolumeId, VolumeName, WallTime};
-use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus};
+use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus, SpoolInfo};
 use serde::Serialize;
 
 use super::collect::Sides;
@@ -68,6 +68,8 @@ pub struct Row {
     pub backing: Option<PathBuf>,
     /// Source: writes since filterd started.
     pub writes: Option<u64>,
+    /// Source: where its changes go, and what waits in the spool.
+    pub spool: Option<SpoolInfo>,
 }
 
 /// What is wrong, and with what.
@@ -154,6 +156,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         nbd_socket: None,
         backing: None,
         writes: None,
+        spool: None,
     }
 }
 
@@ -192,7 +195,10 @@ fn of_source(
         copy_remaining: copy.remaining_bytes,
         rpo_ms: rpo,
         rpo_target_ms: wanted,
-        lag_bytes: v.pool_used.saturating_add(copy.remaining_bytes),
+        lag_bytes: v
+            .pool_used
+            .saturating_add(copy.remaining_bytes)
+            .saturating_add(known.map_or(0, |k| k.spool.bytes)),
         oldest_point: known.and_then(|k| k.oldest_point),
         newest_point: newest,
         points: known.map_or(0, |k| k.points),
@@ -204,6 +210,7 @@ fn of_source(
         nbd_socket: v.info.attachment.socket().map(PathBuf::from),
         backing: Some(v.info.backing.clone()),
         writes: Some(v.writes),
+        spool: known.map(|k| k.spool.clone()),
     }
 }
 
@@ -216,6 +223,7 @@ fn both(target: Row, source: Row) -> Row {
         nbd_socket: source.nbd_socket,
         backing: source.backing,
         writes: source.writes,
+        spool: source.spool,
         ..target
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use farshore_extent::PairState;
+use farshore_protocol::admin::SpoolLevel;
 
 use super::merge::{Row, StatusReport, Trouble};
 use crate::output::{Out, Tone, table};
@@ -50,6 +51,7 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
     let mut text = lines.join("\n");
     text.push('\n');
     text.push_str(&copies(&report.volumes));
+    text.push_str(&spools(report));
     text.push_str(&problems(&report.problems));
     text
 }
@@ -69,6 +71,26 @@ fn copies(rows: &[Row]) -> String {
         Some(format!("copying {}: {percent}% done, {left} left, {end}\n", row.volume))
     };
     let lines: String = rows.iter().filter_map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// What waits on the source's disk, and why.
+fn spools(report: &StatusReport) -> String {
+    let line = |row: &Row| {
+        let spool = row.spool.as_ref()?;
+        let doing = match spool.level {
+            SpoolLevel::Direct => return None,
+            SpoolLevel::Spooling => "spooling",
+            SpoolLevel::Draining => "spool is being sent",
+            SpoolLevel::Full => "spool is full",
+            SpoolLevel::Failed => "spool cannot be written",
+        };
+        let age = |since| units::span(report.now.since(since));
+        let since =
+            spool.since.map_or(String::new(), |t| format!(", oldest change {} ago", age(t)));
+        Some(format!("{}: {doing}, {}{since}\n", row.volume, units::bytes(spool.bytes)))
+    };
+    let lines: String = report.volumes.iter().filter_map(line).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
@@ -219,6 +241,7 @@ pub mod tests_data {
             oldest_point: pgdata.oldest_point,
             raw_bytes: 1 << 30,
             wire_bytes: 1 << 29,
+            spool: farshore_protocol::admin::SpoolInfo::default(),
         };
         let source = VolumeStatus {
             info: VolumeInfo {

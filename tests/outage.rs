@@ -1,0 +1,188 @@
+//! The target is away while a ledger workload runs: the guest never notices, changes are spooled in
+//! order, and every point of the outage arrives afterwards and is right. When the spool cannot take
+//! more, order is given up, is said to be, and comes back.
+
+mod harness;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use farshore::ledger::{Bounds, Instant, Ledger, Running, Workload};
+use farshore::nbd_client::NbdClient;
+use farshore_extent::PairState;
+use farshore_protocol::admin::{AgentVolume, PointChoice, PointInfo, SpoolLevel};
+use harness::{Site, assert_same_bytes, pause, wait_for};
+
+const SIZE: u64 = 32 << 20;
+const MIB: u64 = 1 << 20;
+const LONG: Duration = Duration::from_secs(90);
+
+/// Protects an empty disk with the smallest pool, so that an outage does not have to be long.
+fn protect(site: &Site) -> std::path::PathBuf {
+    let image = site.root().join("disk.img");
+    std::fs::File::create(&image).and_then(|f| f.set_len(SIZE)).expect("image");
+    let path = image.to_str().expect("UTF-8");
+    let how = ["--policy", "300ms", "--pool", "8MiB", "--attach", "socket", "--yes"];
+    site.cli(&[&["protect", path, "--name", "disk"][..], &how].concat());
+    site.wait_protected("disk");
+    image
+}
+
+fn load(site: &Site, bytes_per_second: u64) -> (Arc<Ledger>, Running) {
+    let ledger = Arc::new(Ledger::new(0, SIZE));
+    let workload = Workload {
+        socket: site.paths.run.join("nbd/disk.sock"),
+        export: "disk".into(),
+        writers: 2,
+        depth: 8,
+        bytes_per_second,
+        seed: 7,
+    };
+    let running = workload.start(&ledger).expect("the workload starts");
+    (ledger, running)
+}
+
+fn volume(site: &Site) -> Option<AgentVolume> {
+    site.agent_status()?.volumes.into_iter().find(|v| v.name.as_str() == "disk")
+}
+
+fn wait_level(site: &Site, level: SpoolLevel) -> AgentVolume {
+    let there = || volume(site).filter(|v| v.spool.level == level);
+    wait_for(&format!("the spool to be {level:?}\n{}", site.logs()), LONG, there)
+}
+
+/// Proves that these points are cuts of the ledger.
+fn prove<'a>(site: &Site, ledger: &Ledger, points: impl Iterator<Item = &'a PointInfo>) -> usize {
+    let mut proven = 0;
+    for point in points {
+        let view = site.open("disk", PointChoice::Id(point.point));
+        let mut client = NbdClient::connect(&view.nbd_socket, &view.export).expect("it answers");
+        let checked = ledger.check(|offset, to| client.read_at(offset, to), Bounds::ANY);
+        if let Err(why) = checked {
+            panic!("the point at {} is wrong: {why}\n{}", point.lsn, site.logs());
+        }
+        drop(client);
+        site.close(&view);
+        proven += 1;
+    }
+    proven
+}
+
+/// The newest state arrives and is what the source holds.
+fn prove_end(site: &Site, ledger: &Ledger, image: &std::path::Path) {
+    wait_for("the copy to end", LONG, || {
+        site.replica("disk").filter(|r| r.connected && r.state == PairState::Protected)
+    });
+    // The target may not have heard yet that order was lost.
+    wait_for("a point to be possible", LONG, || {
+        let out = site.try_cli(&["point", "tag", "disk", "--name", "probe"]);
+        out.status.success().then_some(())
+    });
+    let end = site.tag("disk", "end");
+    let view = site.open("disk", PointChoice::Id(end.point));
+    let mut client = NbdClient::connect(&view.nbd_socket, &view.export).expect("it answers");
+    let bounds = Bounds { not_before: ledger.now(), not_after: Instant::NEVER };
+    let checked = ledger.check(|offset, to| client.read_at(offset, to), bounds);
+    assert!(checked.is_ok(), "the end is wrong: {checked:?}\n{}", site.logs());
+    drop(client);
+    let copy = site.fetch_view(&view, "end.img");
+    assert_same_bytes(image, &copy, "source and the last point differ");
+}
+
+#[test]
+fn points_of_an_outage_arrive_afterwards_and_are_right() {
+    let site = Site::new();
+    let harness::Daemons { target, filterd: _filterd, agent } = site.start_all();
+    let image = protect(&site);
+    let (ledger, running) = load(&site, 4 * MIB);
+    let before = site.tag("disk", "before");
+    target.kill();
+    wait_level(&site, SpoolLevel::Spooling);
+    // The agent is killed during the outage: what it spooled stays, what it did not is in the pool.
+    wait_for("the spool to hold twice the pool", LONG, || {
+        volume(&site).filter(|v| v.spool.bytes > 16 * MIB)
+    });
+    agent.kill();
+    let _agent = site.start_agent();
+    wait_for("the spool to go on after the restart", LONG, || {
+        volume(&site).filter(|v| v.spool.bytes > 24 * MIB)
+    });
+    assert!(!running.broken(), "the guest got an error\n{}", site.logs());
+    let _target = site.start_target();
+    wait_for(&format!("the spool to be sent\n{}", site.logs()), LONG, || {
+        volume(&site).filter(|v| v.spool.bytes == 0 && v.spool.level == SpoolLevel::Direct)
+    });
+    let after = site.tag("disk", "after");
+    let stats = running.finish().expect("no write failed");
+    assert_eq!(stats.errors, 0);
+    let inside = |p: &&PointInfo| p.lsn > before.lsn && p.lsn < after.lsn;
+    let points = site.points("disk");
+    let times: Vec<_> = points.iter().filter(inside).map(|p| p.time).collect();
+    let (mut low, mut high) = (before.time, after.time);
+    (low, high) = (low.min(high), low.max(high));
+    let mut row: Vec<_> = times.iter().copied().chain([low, high]).collect();
+    row.sort_unstable();
+    let gap = row.windows(2).map(|w| w[1].since(w[0])).max().unwrap_or_default();
+    assert!(
+        gap < Duration::from_secs(8),
+        "points are missing: {gap:?} without one\n{}",
+        site.logs()
+    );
+    let step = (times.len() / 10).max(1);
+    let proven = prove(&site, &ledger, points.iter().filter(inside).step_by(step));
+    assert!(proven >= 8, "{proven} of {} points were proven", times.len());
+    prove_end(&site, &ledger, &image);
+}
+
+#[test]
+fn a_full_spool_gives_up_order_says_so_and_points_come_back() {
+    let site = Site::new();
+    let harness::Daemons { target, filterd: _filterd, agent } = site.start_all();
+    let image = protect(&site);
+    assert!(agent.stop().success());
+    let file = site.paths.etc.join("agent.toml");
+    std::fs::write(&file, "spool_max = \"12MiB\"\n").expect("agent.toml");
+    let _agent = site.start_agent();
+    let (ledger, running) = load(&site, 6 * MIB);
+    let before = site.tag("disk", "before");
+    target.kill();
+    let full = wait_level(&site, SpoolLevel::Full);
+    assert_eq!(full.problem.map(|p| p.code.0), Some(5212));
+    pause(Duration::from_secs(3));
+    assert!(!running.broken(), "the guest got an error\n{}", site.logs());
+    let _target = site.start_target();
+    wait_for("order to be restored", LONG, || {
+        site.points("disk")
+            .into_iter()
+            .max_by_key(|p| p.lsn)
+            .filter(|p| p.lsn > before.lsn && volume(&site).is_some_and(|v| v.spool.bytes == 0))
+    });
+    let stats = running.finish().expect("no write failed");
+    assert_eq!(stats.errors, 0);
+    let points = site.points("disk");
+    let step = (points.len() / 8).max(1);
+    prove(&site, &ledger, points.iter().filter(|p| p.lsn >= before.lsn).step_by(step));
+    prove_end(&site, &ledger, &image);
+}
+
+#[test]
+fn a_spool_that_cannot_be_written_is_told_and_the_guest_does_not_notice() {
+    let site = Site::new();
+    let harness::Daemons { target, filterd: _filterd, agent } = site.start_all();
+    let image = protect(&site);
+    assert!(agent.stop().success());
+    let nowhere = site.root().join("nowhere");
+    std::fs::write(&nowhere, "a file, not a folder").expect("file");
+    let text = format!("spool_dir = \"{}\"\n", nowhere.display());
+    std::fs::write(site.paths.etc.join("agent.toml"), text).expect("agent.toml");
+    let _agent = site.start_agent();
+    let (ledger, running) = load(&site, 6 * MIB);
+    target.kill();
+    let failed = wait_level(&site, SpoolLevel::Failed);
+    assert_eq!(failed.problem.map(|p| p.code.0), Some(5211));
+    pause(Duration::from_secs(2));
+    let _target = site.start_target();
+    let stats = running.finish().expect("no write failed");
+    assert_eq!(stats.errors, 0);
+    prove_end(&site, &ledger, &image);
+}

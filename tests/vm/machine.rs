@@ -23,6 +23,7 @@ pub struct Spec<'a> {
     /// This machine's end of a cable between two: socket folder, own side (0 or 1), address.
     pub cable: Option<(&'a Path, usize, &'a str)>,
     pub memory_mib: u32,
+    pub cpus: u8,
 }
 
 /// A running machine. Dropping it cuts its power.
@@ -77,8 +78,10 @@ impl Machine {
             append += &format!(" farshore.address={address}");
         }
         let mut qemu = command("qemu-system-x86_64");
-        // One CPU: with several, TCG crashes about one boot in twenty while the kernel patches itself.
-        qemu.args("-accel tcg -cpu max -smp 1 -no-reboot -display none".split(' '));
+        // One thread for all CPUs: with several, TCG crashes about one boot in twenty while the
+        // kernel patches itself.
+        qemu.args("-accel tcg,thread=single -cpu max -no-reboot -display none".split(' '));
+        qemu.args(["-smp", &spec.cpus.to_string()]);
         qemu.args("-monitor none -nodefaults -serial".split(' '));
         qemu.arg(format!("file:{}", dir.join("console.log").display()));
         qemu.args(["-m", &spec.memory_mib.to_string()]).args(["-append", &append]);

@@ -37,6 +37,8 @@ pub struct Group {
     /// Only with `--include-ignored`.
     pub soak: bool,
     pub disks: &'static [Disk],
+    /// More than one are slower still: they take turns.
+    pub cpus: u8,
     /// For each case; TCG is 5 to 10 times slower than the machine it runs on.
     pub limit: Duration,
     pub cases: &'static [Case],
@@ -49,6 +51,7 @@ impl Group {
         kernel: runner::STABLE,
         soak: false,
         disks: &[],
+        cpus: 1,
         limit: Duration::from_secs(240),
         cases: &[],
     };

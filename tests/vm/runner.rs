@@ -34,25 +34,27 @@ pub fn in_guest(name: &str) {
 pub struct Lab {
     dir: PathBuf,
     kernel: Kernel,
+    /// Of every machine it boots.
+    cpus: u8,
     sockets: tempfile::TempDir,
 }
 
 impl Lab {
     /// Files of a test are kept until it runs again: console.log, what the steps said.
-    fn new(name: &str, kernel: &Kernel) -> Self {
+    fn new(name: &str, kernel: &Kernel, cpus: u8) -> Self {
         let dir =
             PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("vm").join(name.replace("::", "."));
         if dir.exists() {
             std::fs::remove_dir_all(&dir).expect("old files go away");
         }
         let sockets = tempfile::Builder::new().prefix("fsvm").tempdir().expect("folder");
-        Self { dir, kernel: kernel.clone(), sockets }
+        Self { dir, kernel: kernel.clone(), cpus, sockets }
     }
 
     /// Boots a machine. One of the same name that ran before has left its disks.
     pub fn boot(&self, name: &str, disks: &[Disk]) -> Result<Machine, String> {
         let kernel = &self.kernel;
-        let spec = Spec { kernel, disks, cable: None, memory_mib: MEMORY_MIB };
+        let spec = Spec { kernel, disks, cable: None, memory_mib: MEMORY_MIB, cpus: self.cpus };
         Machine::boot(&self.dir.join(name), &spec)
     }
 
@@ -66,7 +68,8 @@ impl Lab {
         address: &str,
     ) -> Result<Machine, String> {
         let cable = Some((self.sockets.path(), side, address));
-        let spec = Spec { kernel: &self.kernel, disks, cable, memory_mib: MEMORY_MIB };
+        let (kernel, cpus) = (&self.kernel, self.cpus);
+        let spec = Spec { kernel, disks, cable, memory_mib: MEMORY_MIB, cpus };
         Machine::boot(&self.dir.join(name), &spec)
     }
 }
@@ -261,12 +264,12 @@ fn run_job(job: &Job, kernel: &Kernel, report: &Mutex<Report>) {
     match job {
         Job::Scenario(scenario) => {
             let began = Instant::now();
-            let lab = Lab::new(scenario.name, kernel);
+            let lab = Lab::new(scenario.name, kernel, 1);
             let result = guarded(|| (scenario.run)(&lab).map(|()| String::new()));
             add(scenario.name, began.elapsed(), result);
         }
         Job::Group(group, chosen) => {
-            let lab = Lab::new(group.name, kernel);
+            let lab = Lab::new(group.name, kernel, group.cpus);
             let mut machine: Option<Machine> = None;
             for case in chosen {
                 let name = full_name(group, case);

@@ -10,6 +10,7 @@ pub const GROUP: Group = Group {
     disks: &[Disk::new("disk", 64)],
     cases: case_list![
         partitions_appear_on_the_device_and_on_the_opened_point,
+        a_driver_that_comes_late_is_used_without_being_asked,
         the_same_load_leaves_the_same_content_as_on_a_loop_device,
     ],
     ..Group::DEFAULT
@@ -41,6 +42,20 @@ fn partitions_appear_on_the_device_and_on_the_opened_point() {
     run("umount", &[at]);
     drop(opened);
     site.close(&view);
+    volume.unprotect();
+}
+
+fn a_driver_that_comes_late_is_used_without_being_asked() {
+    let site = Site::new();
+    let filterd = site.start_filterd();
+    let volume = Volume::protect(&site, Way::Ublk, "disk", "off");
+    assert!(filterd.stop().success());
+    run("rmmod", &["ublk_drv"]);
+    let _filterd = site.start_filterd();
+    assert!(!volume.device.exists());
+    Way::Ublk.load_driver();
+    guest::wait_block_device(&volume.device);
+    fio(&volume.device, &["--rw=write", "--bs=64k", "--size=1m"]);
     volume.unprotect();
 }
 

@@ -1,6 +1,7 @@
 //! Daemons die by SIGKILL under load through a kernel device: the load sees no error, all it wrote
 //! verifies, and when order is restored a point equals the disk. `FARSHORE_KILLS` sets how often.
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -19,6 +20,16 @@ pub const GROUP: Group = Group {
         an_agent_killed_under_load_is_not_noticed,
         two_volumes_under_load_survive_a_killed_filterd,
     ],
+    ..Group::DEFAULT
+};
+
+/// A queue of a device belongs to a CPU.
+pub const TWO_QUEUES_GROUP: Group = Group {
+    name: "kills_two_queues",
+    disks: &[Disk::new("disk", 64)],
+    cpus: 2,
+    limit: Duration::from_secs(420),
+    cases: case_list![a_device_with_two_queues_keeps_what_its_jobs_wrote_over_kills],
     ..Group::DEFAULT
 };
 
@@ -46,7 +57,11 @@ impl Load {
         let rounds = format!("--loops={}", kills.div_ceil(10));
         let mixed = ["--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--iodepth=8"];
         let rest = ["--size=60m", "--rate=800k", "--randseed=3", &rounds];
-        let args = fio_arguments(&volume.device, &[&mixed[..], &rest].concat());
+        Self::with(volume, &[&mixed[..], &rest].concat())
+    }
+
+    fn with(volume: &Volume<'_>, arguments: &[&str]) -> Self {
+        let args = fio_arguments(&volume.device, arguments);
         let mut fio = Command::new("fio");
         fio.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Self(fio.spawn().expect("fio"))
@@ -105,6 +120,30 @@ fn filterd_killed_under_load_on_kernel_nbd_is_not_noticed() {
 
 fn two_volumes_under_load_survive_a_killed_filterd() {
     kill_filterd_under_load(Way::Ublk, &["disk", "other"]);
+}
+
+fn a_device_with_two_queues_keeps_what_its_jobs_wrote_over_kills() {
+    let site = Site::new();
+    let mut daemons = site.start_all();
+    let volume = Volume::protect(&site, Way::Ublk, "disk", "1s");
+    let node = std::fs::canonicalize(&volume.device).expect("device");
+    let queues = Path::new("/sys/block").join(node.file_name().expect("name")).join("mq");
+    assert_eq!(std::fs::read_dir(queues).expect("queues").count(), 2);
+    volume.wait_protected();
+    let jobs = ["--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--iodepth=4"];
+    let each = ["--numjobs=2", "--size=28m", "--offset_increment=32m", "--cpus_allowed=0-1"];
+    let rest = ["--cpus_allowed_policy=split", "--rate=600k", "--randseed=5"];
+    let mut load = Load::with(&volume, &[&jobs[..], &each, &rest].concat());
+    for round in 0..3 {
+        pause(Duration::from_secs(2));
+        load.assert_running(round, &site);
+        daemons.filterd.kill();
+        daemons.filterd = site.start_filterd();
+    }
+    load.finish(&site);
+    volume.wait_protected();
+    volume.assert_point_equals_disk("two-queues");
+    volume.unprotect();
 }
 
 fn an_agent_killed_under_load_is_not_noticed() {

@@ -31,6 +31,7 @@ pub const GROUPS: &[Group] = &[
     ublk_front::NEWEST_GROUP,
     kills::GROUP,
     device::GROUP,
+    kills::TWO_QUEUES_GROUP,
     life::UBLK_GROUP,
     life::NBD_GROUP,
     views::GROUP,

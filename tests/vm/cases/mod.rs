@@ -12,6 +12,7 @@ mod life;
 #[path = "../../../benches/load/plain.rs"]
 mod plain;
 mod power;
+mod ratios;
 mod readme;
 mod selftest;
 mod ublk_front;
@@ -36,6 +37,7 @@ pub const GROUPS: &[Group] = &[
     life::NBD_GROUP,
     views::GROUP,
     demo::GROUP,
+    ratios::GROUP,
 ];
 
 /// Several boots or machines each.

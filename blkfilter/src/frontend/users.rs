@@ -7,10 +7,16 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::preflight::{HostRoots, device_of};
+use crate::sys::isolate;
+
+/// How long the kernel may take to say whether a device is claimed.
+const CLAIM: Duration = Duration::from_secs(5);
 
 /// A process that has the device, or one of its partitions, open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,9 +71,8 @@ impl Users {
         let mut users = Self::of(roots, name);
         if users.is_empty() && device_of(node).is_some() && device_of(node) == roots.number_of(name)
         {
-            let flags = libc::O_EXCL | libc::O_NONBLOCK | libc::O_CLOEXEC;
-            let claim = fs::File::options().read(true).custom_flags(flags).open(node);
-            users.claimed = claim.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY));
+            let node = node.to_owned();
+            users.claimed = is_refused(CLAIM, move || claim(&node));
         }
         users
     }
@@ -106,6 +111,20 @@ impl fmt::Display for Users {
         said.extend(self.openers.iter().map(opener));
         f.write_str(&said.join("; "))
     }
+}
+
+/// Opens the device alone, for a moment.
+fn claim(node: &Path) -> io::Result<()> {
+    let flags = libc::O_EXCL | libc::O_NONBLOCK | libc::O_CLOEXEC;
+    fs::File::options().read(true).custom_flags(flags).open(node).map(drop)
+}
+
+/// Whether `claim` is refused because another has claimed the device. Opening and closing may read
+/// and write it, and this very process answers that: when it does not, the device counts as claimed.
+fn is_refused(limit: Duration, claim: impl FnOnce() -> io::Result<()> + Send + 'static) -> bool {
+    isolate::run(&[], limit, claim).is_err_and(|error| {
+        error.raw_os_error() == Some(libc::EBUSY) || error.kind() == io::ErrorKind::TimedOut
+    })
 }
 
 fn openers(roots: &HostRoots, family: &BTreeSet<String>) -> Vec<Opener> {
@@ -188,6 +207,19 @@ mod tests {
         assert!(users.in_kernel() && !users.only_passing());
         let text = users.to_string();
         assert!(text.contains("mounted on /srv a") && text.contains("/dev/dm-0"), "{text}");
+    }
+
+    #[test]
+    fn a_device_that_is_refused_or_does_not_answer_counts_as_claimed() {
+        let long = Duration::from_secs(20);
+        let says = |errno| move || Err(io::Error::from_raw_os_error(errno));
+        assert!(is_refused(long, says(libc::EBUSY)));
+        assert!(!is_refused(long, says(libc::ENXIO)));
+        assert!(!is_refused(long, || Ok(())));
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let hang = move || held.recv().map_err(io::Error::other);
+        assert!(is_refused(Duration::from_millis(20), hang));
+        drop(release);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::features::{Features, Unavailable, features};
 use super::limits::{DEPTH, MAX_IO, MAX_IO_BUFFERED, QUEUES, SECTOR, params, size_in_sectors};
 use super::worker::{Failures, Workers};
 use crate::device::Device;
+use crate::sys::isolate;
 use crate::sys::ublk::uapi::{Control, DevInfo, MAX_DEPTH, Params, attribute, feature, state};
 
 /// Between two looks at a device that another server is still letting go of.
@@ -23,6 +24,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// How long the threads of a server that is dropped have to finish.
 const DROP_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a start waits for a sysfs file of the queue.
+const QUICK: Duration = Duration::from_secs(2);
 
 /// What the block layer is told about requests that take longer, in milliseconds. With a live
 /// server nothing happens then. Before Linux 6.15 it is also how soon the driver notices the death
@@ -280,10 +284,7 @@ impl Start {
     }
 
     fn server(&self, number: u32, recovered: bool, workers: Workers) -> Server {
-        let path = format!("/sys/block/ublkb{number}/queue/io_timeout");
-        if let Err(error) = std::fs::write(&path, IO_TIMEOUT_MS) {
-            tracing::debug!(path, %error, "ublk: a crash may be noticed late");
-        }
+        notice_a_crash_soon(number);
         Server {
             number,
             recovered,
@@ -433,6 +434,16 @@ impl Start {
             return Ok(());
         };
         Err(UblkError::Unfit { number: found.device, why: why.into() })
+    }
+}
+
+/// Sets the time limit of requests. Since Linux 6.11 every write to a queue's file waits for all
+/// requests in flight, and a backing device that hangs never ends them.
+fn notice_a_crash_soon(number: u32) {
+    let path = format!("/sys/block/ublkb{number}/queue/io_timeout");
+    let file = path.clone();
+    if let Err(error) = isolate::run(&[], QUICK, move || std::fs::write(file, IO_TIMEOUT_MS)) {
+        tracing::debug!(path, %error, "ublk: a crash may be noticed late");
     }
 }
 

@@ -7,6 +7,7 @@ mod harness;
 use std::sync::Arc;
 use std::time::Duration;
 
+use farshore::disk::Place;
 use farshore::ledger::{Bounds, Instant, Ledger, Running, Workload};
 use farshore::nbd_client::NbdClient;
 use farshore_extent::PairState;
@@ -31,8 +32,7 @@ fn protect(site: &Site) -> std::path::PathBuf {
 fn load(site: &Site, bytes_per_second: u64) -> (Arc<Ledger>, Running) {
     let ledger = Arc::new(Ledger::new(0, SIZE));
     let workload = Workload {
-        socket: site.paths.run.join("nbd/disk.sock"),
-        export: "disk".into(),
+        place: Place::Nbd { socket: site.paths.run.join("nbd/disk.sock"), export: "disk".into() },
         writers: 2,
         depth: 8,
         bytes_per_second,

@@ -21,6 +21,8 @@ pub struct CaptureCore {
     pub(super) requests: Slab<Request>,
     pub(super) gate: AckGate,
     pub(super) pending_markers: Vec<(farshore_extent::MarkerId, Vec<VolumeKey>)>,
+    /// Volumes attached so far.
+    pub(super) attached: u64,
     granted: Vec<IoKey>,
 }
 
@@ -99,6 +101,7 @@ impl CaptureCore {
             requests: Slab::new(),
             gate: AckGate::default(),
             pending_markers: Vec::new(),
+            attached: 0,
             granted: Vec::new(),
         }
     }
@@ -152,8 +155,7 @@ impl CaptureCore {
     fn arrive(&mut self, request: Request, out: &mut Vec<Action>) {
         let (queue, token) = (request.queue, request.token);
         let faults = self.limits.faults;
-        let Some(volume) = self.volumes.get_mut(request.volume.index()).and_then(Option::as_mut)
-        else {
+        let Some(volume) = held(&mut self.volumes, request.volume) else {
             let gone = Err(DeviceError::Shutdown);
             out.push(Action::Answer { queue, token, result: gone });
             return;
@@ -182,8 +184,7 @@ impl CaptureCore {
             debug_assert!(false, "a backing operation ended twice");
             return;
         };
-        let Some(volume) = self.volumes.get_mut(request.volume.index()).and_then(Option::as_mut)
-        else {
+        let Some(volume) = held(&mut self.volumes, request.volume) else {
             debug_assert!(false, "a volume was detached with requests in flight");
             return;
         };
@@ -223,12 +224,17 @@ impl CaptureCore {
     }
 
     pub(super) fn volume(&self, key: VolumeKey) -> Option<&Volume> {
-        self.volumes.get(key.index()).and_then(Option::as_ref)
+        self.volumes.get(key.index())?.as_ref().filter(|volume| volume.key == key)
     }
 
     pub(super) fn volume_mut(&mut self, key: VolumeKey) -> Option<&mut Volume> {
-        self.volumes.get_mut(key.index()).and_then(Option::as_mut)
+        held(&mut self.volumes, key)
     }
+}
+
+/// The volume of this key; none when it was detached, whoever has its place now.
+pub(super) fn held(volumes: &mut [Option<Volume>], key: VolumeKey) -> Option<&mut Volume> {
+    volumes.get_mut(key.index())?.as_mut().filter(|volume| volume.key == key)
 }
 
 /// What the one who asked is told.

@@ -8,7 +8,7 @@ use farshore_extent::{
     VolumeSize, WallTime,
 };
 
-use super::capture::CaptureCore;
+use super::capture::{CaptureCore, held};
 use super::event::{Action, Now, PoolSlot, VolumeKey};
 use super::log::Log;
 use super::range_lock::RangeLock;
@@ -162,7 +162,9 @@ impl CaptureCore {
             return Err(Refused::PoolTooSmall { given: attach.pool_bytes, needed });
         }
         let index = self.volumes.iter().position(Option::is_none).unwrap_or(self.volumes.len());
-        let key = VolumeKey(u32::try_from(index).map_err(|_| Refused::NoRoom)?);
+        let place = u32::try_from(index).map_err(|_| Refused::NoRoom)?;
+        let key = VolumeKey { index: place, generation: self.attached };
+        self.attached += 1;
         let mut volume = new_volume(key, &attach, self.limits.pool_align);
         let mut cx =
             Context { now, counter: &mut self.counter, limits: &self.limits, out: &mut *out };
@@ -426,7 +428,7 @@ impl CaptureCore {
         out: &mut Vec<Action>,
         act: impl FnOnce(&mut Volume, &mut Context<'_>) -> T,
     ) -> Option<T> {
-        let volume = self.volumes.get_mut(key.index()).and_then(Option::as_mut)?;
+        let volume = held(&mut self.volumes, key)?;
         let mut cx = Context { now, counter: &mut self.counter, limits: &self.limits, out };
         Some(act(volume, &mut cx))
     }

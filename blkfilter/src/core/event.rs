@@ -36,15 +36,19 @@ impl IoKey {
     }
 }
 
-/// An attached volume; valid until it is detached.
+/// An attached volume; valid until it is detached, and never given to another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct VolumeKey(pub(super) u32);
+pub struct VolumeKey {
+    pub(super) index: u32,
+    /// Which of those that have had this place.
+    pub(super) generation: u64,
+}
 
 impl VolumeKey {
     /// A small number: the place of the volume in a table of the driver's.
     #[must_use]
     pub const fn index(self) -> usize {
-        self.0 as usize
+        self.index as usize
     }
 }
 

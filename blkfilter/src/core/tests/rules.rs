@@ -3,7 +3,7 @@
 use farshore_extent::{Lsn, Seq};
 
 use super::super::*;
-use super::rig::{Rig, continues, limits, sectors};
+use super::rig::{Rig, attach, continues, limits, sectors};
 use crate::control::DescriptorBody;
 use crate::device::DeviceError;
 
@@ -192,6 +192,19 @@ fn a_volume_with_requests_in_flight_is_not_detached() {
     assert_eq!(rig.core.detach(v), Ok(()));
     let late = rig.flush(v);
     assert_eq!(rig.answers[&late], Err(DeviceError::Shutdown));
+}
+
+#[test]
+fn who_still_has_the_key_of_a_detached_volume_does_not_reach_the_one_in_its_place() {
+    let (mut rig, old) = Rig::ordered(16, 16);
+    assert_eq!(rig.core.detach(old), Ok(()));
+    let new = rig.core.attach(rig.now, attach(16, 16, continues()), &mut vec![]).unwrap();
+    assert_eq!(new.index(), old.index(), "the place is used again");
+    let late = rig.flush(old);
+    assert_eq!(rig.answers[&late], Err(DeviceError::Shutdown));
+    assert_eq!(rig.core.reserve(old, 512), None);
+    assert_eq!(rig.core.detach(old), Err(Refused::NoSuchVolume));
+    assert_eq!(rig.core.keys(), [new]);
 }
 
 #[test]

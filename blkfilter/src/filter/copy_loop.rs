@@ -25,7 +25,7 @@ const REST: Duration = Duration::from_secs(5);
 /// Rest after the backing device could not read a chunk.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
-/// The copy loop of a volume. Dropping it stops it.
+/// The copy loop of a volume. Dropping it asks it to stop.
 #[derive(Debug)]
 pub struct CopyLoop {
     shared: Arc<Shared>,
@@ -124,10 +124,15 @@ impl CopyLoop {
         speed.get(Instant::now())
     }
 
-    /// Finishes the chunk it is at and ends the thread.
-    pub fn stop(&mut self) {
+    /// Has the thread end after the chunk it is at.
+    pub fn ask_to_stop(&self) {
         self.shared.stop.store(true, Ordering::Release);
         self.shared.inbox.wake();
+    }
+
+    /// The same, and waits for the end.
+    pub fn stop(&mut self) {
+        self.ask_to_stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join(); // a panic there was reported when it happened
         }
@@ -136,7 +141,7 @@ impl CopyLoop {
 
 impl Drop for CopyLoop {
     fn drop(&mut self) {
-        self.stop();
+        self.ask_to_stop();
     }
 }
 

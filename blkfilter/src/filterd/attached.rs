@@ -1,13 +1,13 @@
 //! One protected volume of the running daemon: device, copy loop, front end, and its record.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use farshore_extent::{CaptureOrder, Problem, VolumeId};
 
 use super::config::Config;
+use super::filtering::{Filtering, Lingering};
 use super::names::Names;
 use super::namespace::OwnDevices;
 use super::problem;
@@ -15,8 +15,8 @@ use super::serving::{NotRemoved, NotStarted, Serving};
 use super::state::{Front, StateDir, VolumeRecord, VolumeState, start_of};
 use crate::backing::{Backing, Mode};
 use crate::control::{CopyProgress, VolumeInfo, VolumeStatus};
-use crate::core::{Attach, Refused};
-use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host};
+use crate::core::Attach;
+use crate::filter::{CopyLoop, FilterConfig, Host};
 use crate::frontend::users::Users;
 use crate::preflight::HostRoots;
 use crate::sys::pool::PoolMemory;
@@ -33,21 +33,18 @@ pub(super) struct Ground {
     pub(super) names: Names,
     pub(super) own: OwnDevices,
     pub(super) roots: HostRoots,
+    pub(super) lingering: Arc<Lingering>,
 }
 
 /// An attached volume.
 pub(super) struct Attached {
     pub(super) info: VolumeInfo,
-    device: Arc<FilterDevice>,
-    key: crate::core::VolumeKey,
+    filtering: Arc<Filtering>,
     record: Mutex<VolumeRecord>,
-    copy: Mutex<CopyLoop>,
-    /// None once it has ended.
+    /// None once it has ended, and while it is being ended.
     serving: Mutex<Option<Serving>>,
     /// The disk behind it, as the kernel calls it; none for a file.
     origin: Option<String>,
-    /// A client's thread was still there when serving stopped: it may write yet.
-    client_left: AtomicBool,
     ground: Ground,
 }
 
@@ -135,27 +132,25 @@ impl Attached {
             chunk,
             engine: ground.config.engine,
         };
-        let attached = Self::serve(ground, FilterDevice::new(filter), key, record, known);
-        if attached.is_err()
-            && let Err(error) = ground.host.detach(key)
-        {
-            tracing::error!(%error, "a volume that could not be served stays attached");
+        let mut filtering = Filtering::new(record.volume, record.name.clone(), filter);
+        let started = filtering.start_copying(record.copy_rate);
+        let filtering = Arc::new(filtering);
+        let attached = started.and_then(|()| Self::serve(ground, &filtering, record, known));
+        if attached.is_err() {
+            ground.lingering.let_go(filtering);
         }
         attached
     }
 
     fn serve(
         ground: &Ground,
-        device: Arc<FilterDevice>,
-        key: crate::core::VolumeKey,
+        filtering: &Arc<Filtering>,
         mut record: VolumeRecord,
         known: bool,
     ) -> Result<Arc<Self>, Problem> {
-        let copy = CopyLoop::start(&device, record.copy_rate)
-            .map_err(|e| problem::resources("a thread for the copy loop", e))?;
         let origin = ground.roots.name_of(&record.backing);
         origin.iter().for_each(|disk| ground.names.claim_origin(disk, &record.name));
-        let served = Arc::clone(&device) as Arc<dyn crate::device::Device>;
+        let served = Arc::clone(filtering.device()) as Arc<dyn crate::device::Device>;
         let serving = start_serving(ground, &served, &mut record, known);
         let serving = serving.inspect_err(|_| {
             // A disk whose volume waits in the kernel stays hidden: it has the same contents.
@@ -170,7 +165,7 @@ impl Attached {
             volume: record.volume,
             name: record.name.clone(),
             backing: record.backing.clone(),
-            backend: device.backing().kind(),
+            backend: filtering.device().backing().kind(),
             size: record.size,
             blocks: record.blocks,
             attachment: serving.attachment(),
@@ -183,13 +178,10 @@ impl Attached {
         };
         Ok(Arc::new(Self {
             info,
-            device,
-            key,
+            filtering: Arc::clone(filtering),
             record: Mutex::new(record),
-            copy: Mutex::new(copy),
             serving: Mutex::new(Some(serving)),
             origin,
-            client_left: AtomicBool::new(false),
             ground: ground.clone(),
         }))
     }
@@ -198,17 +190,26 @@ impl Attached {
         self.info.volume
     }
 
-    pub(super) fn pool(&self) -> &Arc<PoolMemory> {
-        self.device.pool()
+    #[cfg(test)]
+    pub(super) fn device(&self) -> &Arc<crate::filter::FilterDevice> {
+        self.filtering.device()
     }
 
+    pub(super) fn pool(&self) -> &Arc<PoolMemory> {
+        self.filtering.device().pool()
+    }
+
+    /// None are told while the way to it is being changed: a kernel device has none, and whoever
+    /// waits for a driver or a client must not make the status wait.
     pub(super) fn clients(&self) -> u32 {
-        lock(&self.serving).as_ref().map_or(0, Serving::clients)
+        let Ok(serving) = self.serving.try_lock() else { return 0 };
+        serving.as_ref().map_or(0, Serving::clients)
     }
 
     /// `None` when it was detached meanwhile.
     pub(super) fn status(&self) -> Option<VolumeStatus> {
         let core = self.ground.host.status(self.id())?;
+        let device = self.filtering.device();
         Some(VolumeStatus {
             info: self.info.clone(),
             order: core.order,
@@ -216,7 +217,7 @@ impl Attached {
             copy: CopyProgress {
                 remaining_bytes: core.dirty_bytes,
                 total_bytes: core.catch_up_total,
-                bytes_per_second: lock(&self.copy).speed(),
+                bytes_per_second: self.filtering.copy().map_or(0, CopyLoop::speed),
             },
             captured: core.captured,
             released: core.released,
@@ -227,8 +228,8 @@ impl Attached {
             clients: self.clients(),
             writes: core.writes,
             written_bytes: core.written_bytes,
-            reads: self.device.reads(),
-            backing_errors: core.backing_errors + self.device.read_errors(),
+            reads: device.reads(),
+            backing_errors: core.backing_errors + device.read_errors(),
         })
     }
 
@@ -237,7 +238,9 @@ impl Attached {
         let mut record = lock(&self.record);
         record.copy_rate = bytes_per_second;
         self.ground.state.save(&record)?;
-        lock(&self.copy).set_rate(bytes_per_second);
+        if let Some(copy) = self.filtering.copy() {
+            copy.set_rate(bytes_per_second);
+        }
         Ok(())
     }
 
@@ -265,33 +268,31 @@ impl Attached {
         } else {
             tracing::info!(volume = %self.info.name, %users, "its users wait for the next start");
         }
-        self.device.close();
+        self.filtering.end();
         let serving = lock(&self.serving).take();
         if !serving.is_none_or(|serving| serving.leave(grace)) {
-            self.left_behind();
+            tracing::warn!(volume = %self.info.name, "a client did not end in time");
         }
     }
 
     /// Takes the way to the volume away, whoever uses it.
     pub(super) fn end_serving(&self, grace: Duration) -> Result<(), Problem> {
-        let mut slot = lock(&self.serving);
-        let Some(serving) = slot.take() else { return Ok(()) };
+        // Not held while the kernel or a client takes its time: the status looks at it.
+        let Some(serving) = lock(&self.serving).take() else { return Ok(()) };
         match serving.remove(grace) {
             Ok(all) => {
-                self.device.close();
                 if !all {
-                    self.left_behind();
+                    tracing::warn!(volume = %self.info.name, "a client did not end in time");
                 }
+                self.filtering.end();
                 self.forget_names();
                 Ok(())
             }
             Err(NotRemoved { still, why }) => {
                 if still.is_none() {
-                    self.device.close();
-                    self.left_behind();
+                    self.filtering.end();
                 }
-                *slot = still;
-                drop(slot);
+                *lock(&self.serving) = still;
                 let device = self.info.attachment.device().unwrap_or(Path::new("it"));
                 let kernel = lock(&self.record).front.kernel_name();
                 let users = kernel.map(|kernel| Users::of(&self.ground.roots, &kernel));
@@ -299,12 +300,6 @@ impl Attached {
                 Err(problem::not_removed(self.info.name.as_str(), device, why, &users))
             }
         }
-    }
-
-    /// A request may be under way yet, and may write.
-    fn left_behind(&self) {
-        self.client_left.store(true, Ordering::Release);
-        tracing::warn!(volume = %self.info.name, "a client did not end in time");
     }
 
     fn forget_names(&self) {
@@ -326,20 +321,21 @@ impl Attached {
         lock(&self.record).clone()
     }
 
-    pub(super) fn stop_copying(&self) {
-        lock(&self.copy).stop();
+    /// Whether nobody is at it any more, within `limit`; serving must have stopped.
+    pub(super) fn is_at_rest(&self, limit: Duration) -> bool {
+        self.filtering.end();
+        self.filtering.is_at_rest(limit)
     }
 
-    /// Writes CLEAN when everything captured is durable at the target. Serving and copying must
-    /// have stopped. Returns whether it is clean.
+    /// Writes CLEAN when everything captured is durable at the target and nobody is left who may
+    /// write. Serving must have stopped. Returns whether it is clean.
     pub(super) fn mark_clean(&self) -> Result<bool, Problem> {
         let Some(core) = self.ground.host.status(self.id()) else { return Ok(false) };
-        let ended = !self.client_left.load(Ordering::Acquire);
-        let quiet = ended && core.in_flight == 0 && core.order == CaptureOrder::Ordered;
-        if !quiet || core.captured != core.durable {
+        let quiet = self.is_at_rest(Duration::ZERO) && core.in_flight == 0;
+        if !quiet || core.order != CaptureOrder::Ordered || core.captured != core.durable {
             return Ok(false);
         }
-        let backing = self.device.backing();
+        let backing = self.filtering.device().backing();
         let identity = backing.sync().and_then(|()| backing.identity());
         let identity = identity.map_err(|e| problem::state(backing.path(), &e))?;
         let mut record = lock(&self.record);
@@ -348,15 +344,16 @@ impl Attached {
         Ok(true)
     }
 
-    /// Leaves the core. Serving must have stopped.
-    pub(super) fn detach(&self) -> Result<(), Problem> {
-        self.stop_copying();
-        match self.ground.host.detach(self.key) {
-            Ok(()) | Err(Refused::NoSuchVolume) => {}
-            Err(Refused::Busy(n)) => return Err(problem::busy(&self.info.name, n)),
-            Err(other) => return Err(problem::refused(&other)),
-        }
-        let backing = self.device.backing();
+    /// Leaves the core, when everybody has let go within `grace`. Serving must have stopped.
+    pub(super) fn detach(&self, grace: Duration) -> Result<(), Problem> {
+        self.filtering.end();
+        self.filtering.detach(grace)?;
+        let backing = self.filtering.device().backing();
         backing.sync().map_err(|e| problem::state(backing.path(), &e))
+    }
+
+    /// The same for whoever cannot wait: as soon as everybody has let go.
+    pub(super) fn let_go(&self) {
+        self.ground.lingering.let_go(Arc::clone(&self.filtering));
     }
 }

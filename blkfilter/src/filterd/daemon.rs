@@ -76,6 +76,7 @@ impl Daemon {
             host: Arc::clone(&host),
             own,
             roots: HostRoots::default(),
+            lingering: Arc::default(),
         };
         let service = Arc::new(Service::new(ground, records));
         service.sweep();

@@ -8,6 +8,7 @@ mod attached;
 mod choice;
 mod config;
 mod daemon;
+mod filtering;
 mod names;
 mod namespace;
 mod problem;
@@ -15,6 +16,8 @@ mod service;
 mod serving;
 mod shutdown;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use config::Config;
 pub use daemon::{Daemon, Phase, run};

@@ -133,12 +133,13 @@ pub(super) fn no_device(name: &VolumeName, kind: AttachKind, error: impl Display
     )
 }
 
-pub(super) fn busy(name: &VolumeName, requests: impl Display) -> Problem {
+pub(super) fn busy(name: &VolumeName) -> Problem {
     Problem::harmless(
         2037,
-        format!("{name} does not come to rest: {requests} requests are still in flight"),
-        "the backing device has not answered them yet",
-        "look at the kernel's log for errors of the device, then try again",
+        format!("{name} does not come to rest"),
+        "its backing device, or the kernel's driver, has not finished everything that was begun",
+        "look at the kernel's log for errors of the device; filterd goes on by itself when the last \
+         request has ended",
     )
     .with_risk("the volume refuses new clients; what was captured stays with filterd")
 }

@@ -178,7 +178,10 @@ impl Service {
             device: v.info.attachment.device().map(PathBuf::from),
         };
         let running: Vec<Running> = self.all().into_iter().map(running).collect();
-        let mut problems = preflight(&self.ground.roots, request, &self.places(), &running);
+        let known = self.missing_named(&request.name).map(|r| r.volume);
+        let lingers = self.ground.lingering.obstacle(known, &request.backing);
+        let mut problems: Vec<Problem> = lingers.into_iter().collect();
+        problems.extend(preflight(&self.ground.roots, request, &self.places(), &running));
         let bytes = request.pool_bytes.unwrap_or(self.ground.config.pool_bytes);
         if !POOL_SIZES.contains(&bytes) {
             problems.push(problem::bad_pool(bytes));
@@ -279,7 +282,7 @@ impl Service {
             }
             return Err(problem);
         }
-        volume.detach()?;
+        volume.detach(self.ground.config.client_grace)?;
         self.ground.state.remove(volume.id())?;
         lock(&self.volumes).remove(name);
         Ok(())
@@ -288,9 +291,7 @@ impl Service {
     /// Lets a volume go whose front end has ended although it should not have. The attach thread
     /// takes it up again.
     fn put_aside(&self, volume: &Arc<Attached>) {
-        if let Err(problem) = volume.detach() {
-            tracing::error!(volume = %volume.info.name, %problem, "not detached");
-        }
+        volume.let_go();
         lock(&self.volumes).remove(&volume.info.name);
         lock(&self.missing).push(Missing { record: volume.record(), told: None });
     }
@@ -299,6 +300,7 @@ impl Service {
     /// volume on record is not attached now.
     pub(super) fn heal(&self) -> bool {
         let _changing = lock(&self.changing);
+        self.ground.lingering.sweep();
         for volume in self.all() {
             if let Some(why) = volume.failed() {
                 tracing::error!(volume = %volume.info.name, why, "its device has stopped; again");
@@ -384,7 +386,9 @@ impl Service {
         let deadline = Instant::now() + config.client_grace;
         for volume in self.all() {
             volume.stop_serving(deadline.saturating_duration_since(Instant::now()));
-            volume.stop_copying();
+        }
+        for volume in self.all() {
+            volume.is_at_rest(deadline.saturating_duration_since(Instant::now()));
         }
         let deadline = Instant::now() + config.release_grace;
         for volume in self.all() {
@@ -417,7 +421,7 @@ impl Service {
                     dirty.push(name.clone());
                 }
             }
-            if let Err(problem) = volume.detach() {
+            if let Err(problem) = volume.detach(Duration::ZERO) {
                 tracing::error!(volume = %name, %problem, "not detached");
             }
         }

@@ -1,0 +1,139 @@
+//! Volumes as the daemon has them, on files and sockets: coming, going, and not quite gone.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use farshore_extent::{BlockSizes, Epoch, VolumeId, VolumeName, VolumeSize};
+
+use super::attached::{Attached, Ground, open};
+use super::config::Config;
+use super::names::Names;
+use super::namespace::OwnDevices;
+use super::state::{Front, StateDir, VolumeRecord, VolumeState};
+use crate::device::Device;
+use crate::filter::Host;
+use crate::preflight::HostRoots;
+
+const SIZE: u64 = 1 << 20;
+
+/// Longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct World {
+    dir: tempfile::TempDir,
+    ground: Ground,
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::new(dir.path().join("state"), dir.path().join("run"));
+        config.harden = false;
+        let state = StateDir::open(&config.state).unwrap();
+        let ground = Ground {
+            names: Names::new(&config.run),
+            host: Arc::new(Host::new(Epoch::new(1), config.limits.clone())),
+            config: Arc::new(config),
+            state: Arc::new(state),
+            own: OwnDevices::default(),
+            roots: HostRoots::default(),
+            lingering: Arc::default(),
+        };
+        Self { dir, ground }
+    }
+
+    fn disk(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        File::options().create(true).append(true).open(&path).unwrap().set_len(SIZE).unwrap();
+        path
+    }
+
+    fn record(&self, name: &str) -> VolumeRecord {
+        VolumeRecord {
+            version: VolumeRecord::VERSION,
+            volume: VolumeId::random(),
+            name: VolumeName::new(name).unwrap(),
+            backing: self.disk(name),
+            front: Front::Socket { path: self.dir.path().join(name).with_extension("sock") },
+            pool_bytes: 8 << 20,
+            point_interval_ms: None,
+            copy_rate: 0,
+            size: VolumeSize::new(SIZE).unwrap(),
+            blocks: BlockSizes::E512,
+            epoch: Epoch::new(1),
+            state: VolumeState::Dirty,
+        }
+    }
+
+    fn attach(&self, record: &VolumeRecord) -> Result<Arc<Attached>, farshore_extent::Problem> {
+        Attached::attach(&self.ground, open(&record.backing)?, record.clone(), true)
+    }
+
+    /// Plays an agent until the first copy is durable at the target.
+    fn make_ordered(&self, volume: VolumeId) {
+        let host = &self.ground.host;
+        wait("the first copy", || {
+            let status = host.status(volume).unwrap();
+            host.release(volume, status.captured).unwrap();
+            let now = host.status(volume).unwrap();
+            now.order == farshore_extent::CaptureOrder::Ordered && now.captured == now.durable
+        });
+    }
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let until = Instant::now() + LIMIT;
+    while !done() {
+        assert!(Instant::now() < until, "waited in vain for {what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_volume_that_somebody_is_still_at_leaves_later_and_can_be_attached_again_then() {
+    let world = World::new();
+    let record = world.record("disk");
+    let attached = world.attach(&record).unwrap();
+    // What a client has whose last read the backing device has not answered: a queue.
+    let reader = Arc::clone(attached.device()).open_queue().unwrap();
+    attached.stop_serving(Duration::ZERO);
+    assert_eq!(attached.detach(Duration::ZERO).unwrap_err().code.0, 2037);
+    attached.let_go();
+    drop(attached);
+    world.ground.lingering.sweep();
+    let (id, path) = (record.volume, record.backing.as_path());
+    for (volume, backing) in [(Some(id), "/another".as_ref()), (None, path)] {
+        let obstacle = world.ground.lingering.obstacle(volume, backing).unwrap();
+        assert_eq!(obstacle.code.0, 2037);
+    }
+    assert!(world.ground.host.status(id).is_some(), "what was captured can still be fetched");
+    assert_eq!(world.attach(&record).err().unwrap().code.0, 4016, "the claim is still held");
+    drop(reader);
+    wait("rest", || {
+        world.ground.lingering.sweep();
+        world.ground.lingering.obstacle(Some(id), path).is_none()
+    });
+    assert!(world.ground.host.status(id).is_none());
+    let again = world.attach(&record).unwrap();
+    again.stop_serving(LIMIT);
+    again.detach(LIMIT).unwrap();
+}
+
+#[test]
+fn a_volume_is_not_marked_clean_while_somebody_is_still_at_it() {
+    let world = World::new();
+    let record = world.record("disk");
+    let attached = world.attach(&record).unwrap();
+    world.make_ordered(record.volume);
+    let client = Arc::clone(attached.device()).open_queue().unwrap();
+    attached.stop_serving(Duration::ZERO);
+    assert!(!attached.mark_clean().unwrap(), "a client may write yet");
+    let stored = || world.ground.state.volumes().unwrap().0.remove(0).state;
+    assert_eq!(stored(), VolumeState::Dirty);
+    drop(client);
+    assert!(attached.is_at_rest(LIMIT));
+    assert!(attached.mark_clean().unwrap());
+    assert!(matches!(stored(), VolumeState::Clean { .. }));
+}

@@ -69,15 +69,19 @@ impl World {
         }
     }
 
-    fn protect(&self, pool: u64) -> VolumeInfo {
-        let request = ProtectRequest {
-            name: VolumeName::new("disk").unwrap(),
+    fn request(&self, name: &str, pool: u64) -> ProtectRequest {
+        ProtectRequest {
+            name: VolumeName::new(name).unwrap(),
             backing: self.dir.path().join("disk.img"),
             attach: Some(AttachKind::Socket),
             nbd_socket: None,
             pool_bytes: Some(pool),
             point_interval_ms: None,
-        };
+        }
+    }
+
+    fn protect(&self, pool: u64) -> VolumeInfo {
+        let request = self.request("disk", pool);
         let mut client = self.client();
         assert_eq!(client.preflight(request.clone()).unwrap().problems, vec![]);
         client.protect(request).unwrap()
@@ -343,4 +347,23 @@ fn a_backing_that_comes_late_is_attached_when_it_is_there() {
     assert_eq!(attached.volume, info.volume);
     assert!(attached.epoch > info.epoch);
     world.connect().write(0, &content(1, 4096)).unwrap();
+}
+
+#[test]
+fn a_name_like_a_partitions_is_refused_unless_a_volume_on_record_has_it() {
+    let mut world = World::new();
+    let refused = world.client().protect(world.request("disk-part1", 16 << 20)).unwrap_err();
+    assert_eq!(refused.code.0, 4036, "{refused}");
+    let info = world.protect(16 << 20);
+    world.end(Signal::SIGTERM);
+    let record = world.dir.path().join(format!("state/volumes/{}.json", info.volume));
+    let text = fs::read_to_string(&record).unwrap();
+    let older = text.replace(r#""name": "disk""#, r#""name": "disk-part1""#);
+    assert_ne!(text, older);
+    fs::write(&record, older).unwrap();
+    world.daemon = start(world.dir.path());
+    let mut client = world.client();
+    let served = client.list().unwrap().pop().expect("served as before").info;
+    assert_eq!((served.volume, served.name.as_str()), (info.volume, "disk-part1"));
+    client.unprotect(served.name, false).unwrap();
 }

@@ -38,6 +38,14 @@ impl VolumeName {
         if ok { Ok(Self(name.to_owned())) } else { Err(NameError { name: name.to_owned() }) }
     }
 
+    /// Whether it ends as the names of partitions do (`-part7`): `/dev/farshore/NAME-part7` would be
+    /// two things at once. New volumes may not; a name that is in use stays good.
+    #[must_use]
+    pub fn looks_like_a_partition(&self) -> bool {
+        let end = self.0.rsplit_once("-part").map_or("", |(_, end)| end);
+        !end.is_empty() && end.bytes().all(|b| b.is_ascii_digit())
+    }
+
     /// The name.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -82,6 +90,15 @@ mod tests {
         }
         for bad in ["", "-a", "a-", "a_b", "a.b", "ä", "a b", &"x".repeat(64), "a/b"] {
             assert!(VolumeName::new(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_ends_like_a_partition_is_told_from_others() {
+        let ends = |name| VolumeName::new(name).unwrap().looks_like_a_partition();
+        assert!(ends("pg-part1") && ends("a-part-part22"));
+        for other in ["part1", "pg-part", "pg-part1a", "pg-parts1", "pg-part1-old", "pgpart1"] {
+            assert!(!ends(other), "{other}");
         }
     }
 }

@@ -6,13 +6,15 @@
 use crate::control::{AttachChoice, AttachKind};
 use crate::frontend::{kernel_nbd, ublk};
 
-/// What this host has: for each way through the kernel, `Err` says what is missing and how to get
-/// it.
-#[derive(Debug, Clone)]
-pub(super) struct Ways {
-    pub(super) ublk: Result<(), String>,
-    pub(super) nbd: Result<(), String>,
+/// What this host has, asked only when it matters: asking for the kernel's NBD client loads it.
+/// `Err` says what is missing and how to get it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ways<U, N> {
+    ublk: U,
+    nbd: N,
 }
+
+type Possible = Result<(), String>;
 
 /// The way asked for is not possible here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,38 +23,41 @@ pub(super) struct Impossible {
     pub(super) why: String,
 }
 
-impl Ways {
-    /// Asks the kernel.
-    pub(super) fn of_this_host() -> Self {
-        Self {
-            ublk: ublk::features().map(drop).map_err(|why| why.to_string()),
-            nbd: kernel_nbd::available().map(drop).map_err(|why| why.to_string()),
-        }
-    }
+/// The way on this host; `wish`: the one asked for, none for the best.
+pub(super) fn choose(wish: Option<AttachKind>) -> Result<AttachChoice, Impossible> {
+    let ways = Ways {
+        ublk: || ublk::features().map(drop).map_err(|why| why.to_string()),
+        nbd: || kernel_nbd::available().map(drop).map_err(|why| why.to_string()),
+    };
+    ways.choose(wish)
+}
 
-    /// `wish`: the way asked for, none for the best.
-    pub(super) fn choose(&self, wish: Option<AttachKind>) -> Result<AttachChoice, Impossible> {
+impl<U: Fn() -> Possible, N: Fn() -> Possible> Ways<U, N> {
+    fn choose(&self, wish: Option<AttachKind>) -> Result<AttachChoice, Impossible> {
         let Some(kind) = wish else { return Ok(self.best()) };
         let possible = match kind {
-            AttachKind::Ublk => &self.ublk,
-            AttachKind::Nbd => &self.nbd,
-            AttachKind::Socket => &Ok(()),
+            AttachKind::Ublk => (self.ublk)(),
+            AttachKind::Nbd => (self.nbd)(),
+            AttachKind::Socket => Ok(()),
         };
         match possible {
             Ok(()) => Ok(AttachChoice { kind, why: "as asked for".to_owned() }),
-            Err(why) => Err(Impossible { kind, why: why.clone() }),
+            Err(why) => Err(Impossible { kind, why }),
         }
     }
 
     fn best(&self) -> AttachChoice {
-        let (kind, why) = match (&self.ublk, &self.nbd) {
-            (Ok(()), _) => (AttachKind::Ublk, "the kernel has it".to_owned()),
-            (Err(ublk), Ok(())) => (AttachKind::Nbd, format!("there is no ublk: {ublk}")),
-            (Err(ublk), Err(nbd)) => {
-                (AttachKind::Socket, format!("there is no ublk: {ublk}; and no kernel NBD: {nbd}"))
-            }
+        let choice = |kind, why| AttachChoice { kind, why };
+        let Err(ublk) = (self.ublk)() else {
+            return choice(AttachKind::Ublk, "the kernel has it".to_owned());
         };
-        AttachChoice { kind, why }
+        match (self.nbd)() {
+            Ok(()) => choice(AttachKind::Nbd, format!("there is no ublk: {ublk}")),
+            Err(nbd) => choice(
+                AttachKind::Socket,
+                format!("there is no ublk: {ublk}; and no kernel NBD: {nbd}"),
+            ),
+        }
     }
 }
 
@@ -60,8 +65,11 @@ impl Ways {
 mod tests {
     use super::*;
 
-    fn ways(ublk: Result<(), &str>, nbd: Result<(), &str>) -> Ways {
-        Ways { ublk: ublk.map_err(str::to_owned), nbd: nbd.map_err(str::to_owned) }
+    fn ways(
+        ublk: Result<(), &'static str>,
+        nbd: Result<(), &'static str>,
+    ) -> Ways<impl Fn() -> Possible, impl Fn() -> Possible> {
+        Ways { ublk: move || ublk.map_err(str::to_owned), nbd: move || nbd.map_err(str::to_owned) }
     }
 
     #[test]
@@ -83,6 +91,17 @@ mod tests {
         assert_eq!((refused.kind, refused.why.as_str()), (AttachKind::Ublk, "no module"));
         for kind in [AttachKind::Nbd, AttachKind::Socket] {
             assert_eq!(ways.choose(Some(kind)).unwrap().kind, kind);
+        }
+    }
+
+    #[test]
+    fn a_way_that_is_not_needed_is_not_asked_for() {
+        let never = || -> Possible { panic!("asking would load a module") };
+        let none = Ways { ublk: never, nbd: never };
+        assert_eq!(none.choose(Some(AttachKind::Socket)).unwrap().kind, AttachKind::Socket);
+        let best = Ways { ublk: || Ok(()), nbd: never };
+        for wish in [None, Some(AttachKind::Ublk)] {
+            assert_eq!(best.choose(wish).unwrap().kind, AttachKind::Ublk);
         }
     }
 }

@@ -1,4 +1,5 @@
-//! What people and the agent are told: FS-2030 to FS-2049, FS-3110, FS-3111 and FS-4031.
+//! What people and the agent are told: FS-2030 to FS-2049, FS-3110, FS-3111, FS-4031 and
+//! FS-4036.
 
 use std::fmt::Display;
 use std::io;
@@ -159,6 +160,16 @@ pub(super) fn impossible(path: &Path, kind: AttachKind, why: impl Display) -> Pr
         format!("cannot protect {}: no device can be attached by {kind} here", path.display()),
         why.to_string(),
         "correct what is named, or leave --attach out: the best way this host has is taken then",
+    )
+}
+
+/// `/dev/farshore/NAME-partN` is the name of a partition.
+pub(super) fn name_of_a_partition(path: &Path, name: &VolumeName) -> Problem {
+    Problem::harmless(
+        4036,
+        format!("cannot protect {}: the name {name} ends like that of a partition", path.display()),
+        format!("/dev/farshore/{name} is also the name of a partition on another volume"),
+        "choose a --name that does not end in -part and a number",
     )
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use farshore_extent::{CaptureOrder, Code, Problem, VolumeId, VolumeName};
 
 use super::attached::{Attached, Ground, open};
-use super::choice::{Impossible, Ways};
+use super::choice::{Impossible, choose};
 use super::problem;
 use super::state::{Front, VolumeRecord, VolumeState};
 use crate::control::server::{Response, Serve};
@@ -133,7 +133,7 @@ impl Service {
             return Err(problem);
         }
         // Before anything is written: a clean volume stays clean while its driver is missing.
-        let possible = Ways::of_this_host().choose(request.attach);
+        let possible = choose(request.attach);
         possible.map_err(|e| problem::impossible(&record.backing, e.kind, e.why))?;
         Attached::attach(&self.ground, open(&record.backing)?, record, true)
     }
@@ -159,10 +159,14 @@ impl Service {
     /// What stands in the way, and how it would be attached.
     fn preflight(&self, request: &ProtectRequest) -> Readiness {
         let asked = request.attach.or(request.nbd_socket.as_ref().map(|_| AttachKind::Socket));
-        let choice = Ways::of_this_host().choose(asked);
+        let choice = choose(asked);
         let attach = choice.as_ref().ok().cloned();
         let kind = attach.as_ref().map(|a| a.kind).or(asked);
         let mut problems = self.obstacles(&ProtectRequest { attach: kind, ..request.clone() });
+        // What is on record keeps its name.
+        if request.name.looks_like_a_partition() && self.missing_named(&request.name).is_none() {
+            problems.push(problem::name_of_a_partition(&request.backing, &request.name));
+        }
         let impossible = |e: Impossible| problem::impossible(&request.backing, e.kind, e.why);
         problems.extend(choice.err().map(impossible));
         let hints = hints(&self.ground.roots, &request.name, &request.backing);

@@ -81,11 +81,7 @@ impl Agent {
                 segment_bytes,
             };
             let medium = spools[&disk.id].clone();
-            // A medium that fails now and then is opened in the end. One that stays closed costs the
-            // spool and a new copy, and the store still takes the places between the target's and
-            // that copy's OrderLost for states of the volume: a defect that is not mended yet.
-            let open = || Spool::open(medium.clone(), owner, spool_faults).ok();
-            let spool = (0..12).find_map(|_| open());
+            let spool = Spool::open(medium.clone(), owner, spool_faults).ok();
             let mut supply = Supply::new(disk.id, options, spool, spool_faults);
             supply.begin(memory.get(&disk.id).copied().unwrap_or_default());
             let running = Running { number: None, supply, disk: medium, pulls: VecDeque::new() };

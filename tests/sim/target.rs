@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use farshore_changelog::RawBatch;
-use farshore_extent::{BlockSizes, CaptureOrder, Lsn, Seq, VolumeId, WallTime};
+use farshore_extent::{BlockSizes, CaptureOrder, Epoch, Lsn, Seq, VolumeId, WallTime};
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use farshore_target::store::{
     AppendError, CommittedPoint, Faults, PointReader, SimDisk, SimFaults, Store, StoreConfig,
@@ -401,8 +401,11 @@ impl Replica {
         let store = self.store.as_ref()?;
         let position = store.position();
         let seq = Seq::new(1 + rng.below(position.durable.seq.get().max(1)));
-        let lsn = Lsn::new(position.durable.epoch, seq);
-        (lsn >= position.floor && store.is_ordered_at(lsn)).then_some(lsn)
+        let durable = position.durable;
+        let epochs = durable.epoch.get() - position.floor.epoch.get();
+        let epoch = Epoch::new(durable.epoch.get() - rng.below(epochs.min(2) + 1));
+        let lsn = Lsn::new(epoch, seq);
+        (lsn >= position.floor && lsn <= durable && store.is_ordered_at(lsn)).then_some(lsn)
     }
 
     fn view(&self, lsn: Lsn) -> Option<PointReader> {

@@ -4,12 +4,15 @@
 //! durable write per segment and moves `journaled`. Nothing is told to anybody in between.
 
 use farshore_changelog::limits::MAX_INDEXED_BYTES;
-use farshore_changelog::{BatchHeader, CheckedBatch, RawBatch, RecordBody, SegmentIndexBuilder};
+use farshore_changelog::{
+    BatchHeader, CheckedBatch, RawBatch, RecordBody, SegmentEvent, SegmentIndexBuilder,
+};
 use farshore_extent::{Chain, Extent, Lsn, VolumeSize};
 
 use super::disk::ALIGN;
 use super::error::{AppendError, StoreError};
 use super::limits::{GROUP_TARGET_BYTES, MAX_GROUP_BYTES, RECENT_CHAINS};
+use super::order::OrderBook;
 use super::{Pending, Store, StoreEvent};
 
 /// What a commit made durable.
@@ -157,19 +160,19 @@ impl Store {
             let what = format!("writing the journal at {place}: {e}");
             return Err(self.poison(StoreError::Io { what, source: e }));
         }
-        let events_before = open.builder.events().len();
         for batch in self.pending.drain(..count) {
             let whole = RawBatch::parse(&bytes[batch.at..]).and_then(RawBatch::check_without_chain);
             // Checked by append, and nobody else has the buffer.
             if let Ok(checked) = whole {
+                let events = open.builder.events().len();
                 open.builder.push(&checked, place + batch.at as u64);
+                if open.builder.events().len() > events {
+                    take_events(&mut self.book, &checked, self.durable, &mut self.undelivered);
+                }
             }
             self.durable = batch.header.last();
             self.chain = batch.header.chain;
             self.recent.insert(self.durable, self.chain);
-        }
-        for event in &open.builder.events()[events_before..] {
-            self.book.take(event, &mut self.undelivered);
         }
         while self.recent.len() > RECENT_CHAINS {
             self.recent.pop_first();
@@ -177,6 +180,22 @@ impl Store {
         self.group.drop_front(end);
         self.pending.iter_mut().for_each(|waiting| waiting.at -= end);
         Ok(())
+    }
+}
+
+/// Tells the book what happens in a batch that follows the record at `newest`.
+fn take_events(
+    book: &mut OrderBook,
+    batch: &CheckedBatch<'_>,
+    mut newest: Lsn,
+    out: &mut Vec<StoreEvent>,
+) {
+    for record in batch.records() {
+        let event = SegmentEvent { epoch: batch.header().epoch, record };
+        if SegmentEvent::is_event(&event.record.body) {
+            book.take(&event, newest, out);
+        }
+        newest = event.lsn();
     }
 }
 

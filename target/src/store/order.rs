@@ -75,7 +75,8 @@ pub struct OrderedStretch {
     pub from: Lsn,
     /// Capture time there.
     pub from_time: WallTime,
-    /// Place of the record that ended it (not part of it); none while it goes on.
+    /// First place that is not part of it: behind the last record before order was lost, because
+    /// what is missing may be as old as that. None while it goes on.
     pub until: Option<Lsn>,
 }
 
@@ -108,9 +109,22 @@ impl OrderBook {
         self.changes
             .iter()
             .zip(ends)
-            .filter(|(c, _)| c.1 == CaptureOrder::Ordered)
+            .filter(|(c, until)| c.1 == CaptureOrder::Ordered && *until != Some(c.0))
             .map(|(c, until)| OrderedStretch { from: c.0, from_time: c.2, until })
             .collect()
+    }
+
+    /// Whether an ordered stretch ends with the record at `lsn`.
+    pub(crate) fn ends_with(&self, lsn: Lsn) -> bool {
+        let behind = behind(lsn);
+        self.stretches().iter().any(|stretch| stretch.until == Some(behind))
+    }
+
+    /// Whether the event ends the ordered stretch that goes on.
+    pub(crate) fn is_ended_by(&self, event: &SegmentEvent) -> bool {
+        let before = self.current();
+        let after = order_after(before, &event.record.body);
+        before == CaptureOrder::Ordered && after == CaptureOrder::CatchUp
     }
 
     /// Forgets what lies before the new base.
@@ -120,8 +134,9 @@ impl OrderBook {
         self.changes.insert(0, (base, order, time));
     }
 
-    /// Takes the next event of the journal; what others must know is appended to `out`.
-    pub(crate) fn take(&mut self, event: &SegmentEvent, out: &mut Vec<StoreEvent>) {
+    /// Takes the next event of the journal; what others must know is appended to `out`. `newest`
+    /// is the place of the record before it: with that an ordered stretch ends.
+    pub(crate) fn take(&mut self, event: &SegmentEvent, newest: Lsn, out: &mut Vec<StoreEvent>) {
         let (lsn, time) = (event.lsn(), event.record.time);
         let before = self.current();
         let after = order_after(before, &event.record.body);
@@ -149,12 +164,13 @@ impl OrderBook {
             | RecordBody::Hash { .. } => {}
         }
         if before != after {
-            // Between the epochs lies no place that this volume ever had: what the old epoch did
-            // not ship is missing there.
-            let from = match event.record.body {
-                RecordBody::EpochStart(_) => Lsn::new(lsn.epoch, Seq::ZERO),
-                _ => lsn,
+            let from = match after {
+                // Writes with the numbers from here on were dropped, by a full pool or a crash.
+                CaptureOrder::CatchUp => behind(newest),
+                CaptureOrder::Ordered => lsn,
             };
+            // Never before the base, whose super block may be of a version that knew this not.
+            let from = self.changes.last().map_or(from, |change| from.max(change.0));
             self.changes.push((from, after, time));
             out.push(match after {
                 CaptureOrder::CatchUp => StoreEvent::OrderLost { lsn, time },
@@ -168,11 +184,12 @@ impl OrderBook {
     pub(crate) fn take_after(
         &mut self,
         event: &SegmentEvent,
+        newest: Lsn,
         base: Lsn,
         out: &mut Vec<StoreEvent>,
     ) {
         if event.lsn() > base {
-            return self.take(event, out);
+            return self.take(event, newest, out);
         }
         match &event.record.body {
             RecordBody::Marker(marker) if marker.state == MarkerState::Pending => {
@@ -214,4 +231,9 @@ impl OrderBook {
             }),
         });
     }
+}
+
+/// The first place after a record. The numbers are a peer's: no wrap, no panic.
+pub(crate) const fn behind(lsn: Lsn) -> Lsn {
+    Lsn::new(lsn.epoch, Seq::new(lsn.seq.get().saturating_add(1)))
 }

@@ -7,7 +7,7 @@ use farshore_extent::{CaptureOrder, Lsn, WallTime};
 
 use super::Store;
 use super::error::{StoreError, ViewError};
-use super::order::{OrderBook, OrderedStretch, StoreEvent};
+use super::order::{OrderBook, OrderedStretch, StoreEvent, behind};
 use super::segment::Segment;
 use super::view::{OpenViews, Parts, Pin, PointReader};
 
@@ -32,8 +32,13 @@ impl Store {
         let sb = &self.sb;
         let mut book = OrderBook::new(sb.base, sb.base_order, sb.base_time);
         let mut events = Vec::new();
+        let mut newest = sb.base;
         for segment in self.all_segments() {
-            segment.events.iter().for_each(|e| book.take_after(e, sb.base, &mut events));
+            for event in &segment.events {
+                // Only markers are asked for here, and those are events themselves.
+                book.take_after(event, newest, sb.base, &mut events);
+                newest = event.lsn();
+            }
         }
         events.retain(|event| match event {
             StoreEvent::Point(point) => point.lsn >= sb.floor,
@@ -56,11 +61,21 @@ impl Store {
 
     /// The last durable place captured at or before `time` on the source's clock, going back from
     /// the newest; none when that has expired. The clock is a label: when it was set back, the
-    /// later of two possible places is found.
+    /// later of two possible places is found. A time between the last record of an ordered stretch
+    /// and the loss of order gives a place that is not ordered: writes of then may be missing.
     ///
     /// # Errors
     /// [`StoreError`] when the journal cannot be read.
     pub fn resolve_time(&self, time: WallTime) -> Result<Option<Lsn>, StoreError> {
+        match self.newest_by(time)? {
+            Some(lsn) if self.book.ends_with(lsn) && time > self.time_at(lsn)? => {
+                Ok(Some(behind(lsn)))
+            }
+            found => Ok(found),
+        }
+    }
+
+    fn newest_by(&self, time: WallTime) -> Result<Option<Lsn>, StoreError> {
         let sb = &self.sb;
         for segment in self.segments_between(sb.base, self.durable).iter().rev() {
             if segment.min_time > time {

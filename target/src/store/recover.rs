@@ -454,11 +454,19 @@ impl Walk {
         let spares: Vec<_> = self.names.iter().filter(|n| is_spare(n)).cloned().collect();
         let number = |n: &String| u64::from_str_radix(n.strip_prefix("spare-")?, 16).ok();
         let spare_count = spares.iter().filter_map(number).max().unwrap_or(0);
-        let open_events = self.open.iter().flat_map(|open| open.builder.events());
-        let mut told = Vec::new();
-        for event in self.segments.iter().flat_map(|s| &s.events).chain(open_events) {
-            // The base holds what lies before it; pending markers from there are still needed.
-            book.take_after(event, sb.base, &mut told);
+        let open = self.open.as_ref();
+        let open = open.map(|o| Arc::new(Segment::in_memory(&o.builder, Arc::clone(&o.file))));
+        let (mut told, mut newest) = (Vec::new(), Lsn::ZERO);
+        for segment in self.segments.iter().cloned().chain(open) {
+            for event in &segment.events {
+                if book.is_ended_by(event) {
+                    // When it cannot be read the stretch ends earlier, behind all its points.
+                    newest = segment.record_before(event.lsn()).unwrap_or(newest);
+                }
+                // The base holds what lies before it; pending markers from there are still needed.
+                book.take_after(event, newest, sb.base, &mut told);
+                newest = event.lsn();
+            }
         }
         let store = Store {
             config: self.config,

@@ -97,6 +97,25 @@ impl Segment {
         }
     }
 
+    /// The place of the last record before `lsn`, which lies within this segment.
+    pub(crate) fn record_before(&self, lsn: Lsn) -> Result<Lsn, StoreError> {
+        let mut newest = self.header.prev;
+        for batch in self.batches()? {
+            if Lsn::new(batch.epoch, batch.first_seq) >= lsn {
+                break;
+            }
+            if batch.last() < lsn {
+                newest = batch.last();
+                continue;
+            }
+            self.with_batch(&batch, &mut Vec::new(), |checked| {
+                let places = checked.records().map(|r| Lsn::new(batch.epoch, r.seq));
+                newest = places.take_while(|at| *at < lsn).last().unwrap_or(newest);
+            })?;
+        }
+        Ok(newest)
+    }
+
     /// This segment as it was at `at`, a place within it: its batches are read and verified up to
     /// there.
     pub(crate) fn upto(&self, at: Lsn) -> Result<Self, StoreError> {

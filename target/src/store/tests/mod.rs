@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod order;
 mod real_files;
 mod recovery_table;
 mod source;

@@ -144,7 +144,9 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
             made.await.map(TargetReply::Token)
         }
         TargetRequest::Hosts => blocking(daemon, hosts).await.map(TargetReply::Hosts),
-        TargetRequest::OpenView(open) => views::open(daemon, open).await.map(TargetReply::View),
+        TargetRequest::OpenView(open) => {
+            views::open(daemon, open).await.map(|view| TargetReply::View(Box::new(view)))
+        }
         TargetRequest::Views => Ok(TargetReply::Views(daemon.views.list())),
         TargetRequest::CloseView { view, note } => {
             let closed = blocking(daemon, move |d| d.views.close(d, view, &note));

@@ -50,6 +50,8 @@ pub struct Limits {
     pub queue_batches: usize,
     /// Views open at a time.
     pub views: usize,
+    /// How long a view whose block device was taken away stays while nobody uses its export.
+    pub view_without_device: Millis,
     /// Longest wait for a tagged point to become durable.
     pub tag_timeout: Millis,
 }
@@ -77,6 +79,7 @@ impl Default for Limits {
             volumes_per_host: 64,
             queue_batches: 16,
             views: 32,
+            view_without_device: Millis::from_secs(3600),
             tag_timeout: Millis::from_secs(30),
         }
     }

@@ -1,5 +1,5 @@
 //! What happens without anybody asking: replicas are reported to their sources, points expire,
-//! the clock of retention is saved.
+//! views whose devices have stopped are looked after, the clock of retention is saved.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use crate::retention;
 use crate::worker::Work;
 
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+const TEND_EVERY: Duration = Duration::from_secs(1);
 /// Expiry looks ten times in the life of a point, at most and at least so often.
 const EXPIRE_EVERY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
@@ -24,9 +25,10 @@ pub(crate) async fn keep(daemon: Arc<Daemon>) {
     let mut expire = interval((life / 10).clamp(EXPIRE_EVERY.0, EXPIRE_EVERY.1));
     report.set_missed_tick_behavior(MissedTickBehavior::Delay);
     expire.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let views = tokio::spawn(tend_views(daemon.clone()));
     loop {
         tokio::select! {
-            () = daemon.stopped() => return,
+            () = daemon.stopped() => break,
             _ = report.tick() => report_all(&daemon),
             _ = expire.tick() => {
                 if let Err(problem) = blocking(&daemon, expire_all).await {
@@ -34,6 +36,26 @@ pub(crate) async fn keep(daemon: Arc<Daemon>) {
                 }
             }
         }
+    }
+    // A panic there was reported when it happened.
+    let _ = views.await;
+}
+
+/// On its own: taking over a device may last.
+async fn tend_views(daemon: Arc<Daemon>) {
+    let mut tend = interval(TEND_EVERY);
+    tend.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = daemon.stopped() => return,
+            _ = tend.tick() => {}
+        }
+        let tended = blocking(&daemon, |d| {
+            d.views.tend(d);
+            Ok(())
+        });
+        // Only fails while the runtime ends.
+        let _ = tended.await;
     }
 }
 

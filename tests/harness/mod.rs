@@ -348,7 +348,7 @@ impl Site {
         let volume = VolumeName::new(volume).expect("name");
         let request = OpenView::new(volume, point);
         match self.ask_target(&TargetRequest::OpenView(request)) {
-            Ok(TargetReply::View(view)) => view,
+            Ok(TargetReply::View(view)) => *view,
             other => panic!("the view did not open: {other:?}\n{}", self.logs()),
         }
     }

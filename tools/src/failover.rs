@@ -162,12 +162,20 @@ fn text(views: &[ViewInfo], now: WallTime) -> String {
             units::instant(v.time),
             units::span(now.since(v.opened)),
             units::bytes(v.scratch_used),
-            v.device.as_ref().map_or_else(|| uri(v), |device| device.display().to_string()),
+            location(v),
             v.view.to_string(),
         ]
     };
     let head = head.map(str::to_owned).to_vec();
     table(&std::iter::once(head).chain(views.iter().map(row)).collect::<Vec<_>>())
+}
+
+fn location(view: &ViewInfo) -> String {
+    match (&view.device, &view.device_lost) {
+        (Some(device), _) => device.display().to_string(),
+        (None, None) => uri(view),
+        (None, Some(why)) => format!("{} (its device is gone: {why})", uri(view)),
+    }
 }
 
 /// The views that a word means: an identity, a volume, or the only one that is open.
@@ -243,6 +251,7 @@ mod tests {
             scratch_used: 4096,
             scratch_bytes: 256 << 20,
             device: Some("/dev/ublkb3".into()),
+            device_lost: None,
             read_only: false,
         }
     }
@@ -262,6 +271,15 @@ mod tests {
         assert_eq!(chosen(two.clone(), Some("a")).unwrap().len(), 2);
         assert_eq!(chosen(two.clone(), Some(&two[2].view.to_string())).unwrap().len(), 1);
         assert_eq!(chosen(two, Some("c")).unwrap_err().code.0, 6990);
+    }
+
+    #[test]
+    fn a_view_whose_device_is_gone_is_shown_where_it_can_still_be_reached() {
+        let lost = Some("another program stopped the device".to_owned());
+        let shown = location(&ViewInfo { device: None, device_lost: lost, ..view(1, "shop") });
+        assert!(shown.starts_with("nbd+unix:///shop?socket="), "{shown}");
+        assert!(shown.ends_with("(its device is gone: another program stopped the device)"));
+        assert_eq!(location(&view(1, "shop")), "/dev/ublkb3");
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub enum TargetReply {
     /// The token, to be typed on the source.
     Token(String),
     Hosts(Vec<HostInfo>),
-    View(ViewInfo),
+    View(Box<ViewInfo>),
     Views(Vec<ViewInfo>),
     Events(Vec<EventInfo>),
     Done,
@@ -168,6 +168,8 @@ pub struct ViewInfo {
     pub scratch_bytes: u64,
     /// Its block device on the target host.
     pub device: Option<PathBuf>,
+    /// Why it has no block device any more; the view can still be reached by its export.
+    pub device_lost: Option<String>,
     /// Nothing can be written to it.
     pub read_only: bool,
 }

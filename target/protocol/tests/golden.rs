@@ -255,6 +255,7 @@ fn view_info() -> ViewInfo {
         scratch_used: 4096,
         scratch_bytes: 1 << 30,
         device: Some("/dev/ublkb3".into()),
+        device_lost: Some("another program stopped the device".into()),
         read_only: false,
     }
 }
@@ -296,7 +297,7 @@ fn target_reply() -> Vec<Result<TargetReply, Problem>> {
         Ok(TargetReply::Tagged(vec![point_info()])),
         Ok(TargetReply::Token("fs1.x".into())),
         Ok(TargetReply::Hosts(vec![host])),
-        Ok(TargetReply::View(view_info())),
+        Ok(TargetReply::View(Box::new(view_info()))),
         Ok(TargetReply::Views(vec![view_info()])),
         Ok(TargetReply::Events(vec![event])),
         Ok(TargetReply::Done),

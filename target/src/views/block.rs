@@ -18,6 +18,9 @@ use crate::problem;
 /// How long the kernel may take to remove a device.
 const REMOVAL: Duration = Duration::from_secs(10);
 
+/// How long the threads of a device that has stopped get to end what they have begun.
+const LEAVE: Duration = Duration::from_secs(5);
+
 /// How long users of a device of the kernel's NBD client wait for a daemon that was killed.
 const ORPHANED: Duration = Duration::from_secs(60);
 
@@ -88,6 +91,55 @@ impl BlockDevice {
         if users.only_passing() { Ok(()) } else { Err(problem::device_in_use(&path, &users)) }
     }
 
+    /// Why it serves no more, although nothing here ended it; none while all is well.
+    pub(super) fn stopped(&self) -> Option<String> {
+        match self {
+            Self::Ublk(server) => server.failed(),
+            Self::Nbd(server) => {
+                server.health().gone.then(|| "another program disconnected it".to_owned())
+            }
+        }
+    }
+
+    /// Serves a device that has stopped again, when the kernel still has it: its users have waited
+    /// and go on. Only ublk keeps one, and only as long as nobody stopped the device itself.
+    ///
+    /// # Errors
+    /// Why it is gone: somebody took it away, or it cannot be served. Its users get errors then.
+    pub(super) fn again(
+        self,
+        device: &Arc<dyn Device>,
+        mark: Mark,
+        why: String,
+    ) -> Result<Self, String> {
+        let waits = |number| match ublk::existing(number) {
+            Ok(Some(found)) => found.owner == mark.0 && found.state != ublk::State::Dead,
+            Ok(None) | Err(_) => false,
+        };
+        let server = match self {
+            Self::Ublk(server) if waits(server.number()) => server,
+            gone => {
+                gone.remove();
+                return Err(why);
+            }
+        };
+        let number = server.number();
+        if !server.leave(LEAVE) {
+            tracing::warn!(number, "requests of a view's device are still under way");
+        }
+        let config = ublk::Config {
+            number: Some(number),
+            owner: mark.0,
+            patience: REMOVAL,
+            ..ublk::Config::default()
+        };
+        ublk::Server::start(Arc::clone(device), config).map(Self::Ublk).map_err(|error| {
+            let removed = ublk::remove_stale(number, mark.0, REMOVAL);
+            tell(&format!("/dev/ublkb{number}"), removed.map_err(|e| e.to_string()));
+            format!("{why}; it cannot be served again: {error}")
+        })
+    }
+
     /// Takes the device away, whoever uses it.
     pub(super) fn remove(self) {
         let path = self.path();
@@ -97,7 +149,11 @@ impl BlockDevice {
         };
         if let Err(error) = removed {
             let path = path.display();
-            tracing::error!(%path, error, "the device of a view is left; the next start removes it");
+            tracing::error!(
+                %path,
+                error,
+                "the device of a view is left until its users close it, or to the next start"
+            );
         }
     }
 }
@@ -122,8 +178,8 @@ pub(super) fn remove_stale(mark: Mark) {
 
 fn tell(path: &str, removed: Result<bool, String>) {
     match removed {
-        Ok(_) => tracing::info!(path, "removed the device of a view that ended with its daemon"),
-        Err(error) => tracing::error!(path, error, "the device of an ended view cannot be removed"),
+        Ok(_) => tracing::info!(path, "removed the device of a view, which nobody served"),
+        Err(error) => tracing::error!(path, error, "the device of a view cannot be removed"),
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use farshore_blkfilter::device::{
     Allocation, Completion, Device, DeviceError, DeviceInfo, MAX_PAYLOAD, Queue, Request, Slot,
@@ -48,6 +49,8 @@ pub(crate) struct ViewDevice {
     point: Box<dyn PointBytes>,
     scratch: Scratch,
     read_only: bool,
+    /// Open queues: connections, and the threads of a block device.
+    queues: AtomicUsize,
 }
 
 impl ViewDevice {
@@ -57,7 +60,7 @@ impl ViewDevice {
         scratch: Scratch,
         read_only: bool,
     ) -> Self {
-        Self { name, point, scratch, read_only }
+        Self { name, point, scratch, read_only, queues: AtomicUsize::new(0) }
     }
 
     /// Bytes written to the view.
@@ -68,6 +71,11 @@ impl ViewDevice {
     /// Most bytes that may be written to it.
     pub(super) const fn quota(&self) -> u64 {
         self.scratch.quota()
+    }
+
+    /// Whether anybody is connected to it.
+    pub(super) fn in_use(&self) -> bool {
+        self.queues.load(Ordering::Relaxed) != 0
     }
 
     fn read(&self, extent: Extent, out: &mut [u8]) -> Result<(), DeviceError> {
@@ -148,6 +156,7 @@ impl Device for ViewDevice {
     fn open_queue(self: Arc<Self>) -> Result<Box<dyn Queue>, DeviceError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(|_| DeviceError::NoMemory)?;
+        self.queues.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(ViewQueue {
             device: self,
             wake,
@@ -171,6 +180,12 @@ struct ViewQueue {
     spares: Vec<Vec<u8>>,
     /// Bytes in reserved slots.
     reserved: usize,
+}
+
+impl Drop for ViewQueue {
+    fn drop(&mut self) {
+        self.device.queues.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl ViewQueue {
@@ -372,6 +387,17 @@ mod tests {
         assert_eq!(done(&mut *view, zero).result, Err(DeviceError::ReadOnly));
         assert_eq!(read(&mut *view, extent(0, 512)).unwrap()[0], 0xAB);
         assert!(done(&mut *view, Request::Flush).result.is_ok());
+    }
+
+    #[test]
+    fn it_is_in_use_while_a_queue_is_open() {
+        let device = made(1 << 20, false);
+        assert!(!device.in_use());
+        let (first, second) = (device.clone().open_queue(), device.clone().open_queue());
+        drop(first);
+        assert!(device.in_use());
+        drop(second);
+        assert!(!device.in_use());
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod block;
 mod device;
 mod export;
 mod scratch;
+mod tend;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,7 @@ use block::BlockDevice;
 pub(crate) use block::Mark;
 use device::{PointBytes, PointReadError, ViewDevice};
 use scratch::Scratch;
+use tend::Lost;
 
 /// How long clients of a view that is closed get to end in good order.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
@@ -67,12 +69,19 @@ struct View {
     replica: Arc<Replica>,
     server: Server,
     block: Option<BlockDevice>,
+    /// Its block device was taken away.
+    lost: Option<Lost>,
     tls: Option<JoinHandle<()>>,
 }
 
 impl View {
     fn info(&self) -> ViewInfo {
-        ViewInfo { scratch_used: self.device.used(), ..self.info.clone() }
+        let mut info = ViewInfo { scratch_used: self.device.used(), ..self.info.clone() };
+        if let Some(lost) = &self.lost {
+            info.device = None;
+            info.device_lost = Some(lost.why.clone());
+        }
+        info
     }
 
     /// Ends the exports; waits for clients a little.
@@ -269,6 +278,7 @@ fn make(
         scratch_used: 0,
         scratch_bytes: device.quota(),
         device: block.as_ref().map(BlockDevice::path),
+        device_lost: None,
         read_only,
     };
     let row =
@@ -280,7 +290,7 @@ fn make(
     let text = format!("a view of {} was opened", clock::show(time));
     daemon.catalogue.note(0, Some(&info.volume), text);
     replica.update(|facts| facts.views += 1);
-    let opened = View { info: info.clone(), device, replica, server, block, tls: None };
+    let opened = View { info: info.clone(), device, replica, server, block, lost: None, tls: None };
     daemon.views.lock().views.insert(view, opened);
     Ok((info, exports))
 }

@@ -55,7 +55,7 @@ async fn wait_for_points(bed: &Bed, count: usize) {
 async fn open(bed: &Bed, point: PointChoice, scratch_bytes: u64) -> ViewInfo {
     let request = OpenView { scratch_bytes, ..OpenView::new(name(), point) };
     match bed.ask(TargetRequest::OpenView(request)).await {
-        Ok(TargetReply::View(view)) => view,
+        Ok(TargetReply::View(view)) => *view,
         other => panic!("{other:?}"),
     }
 }

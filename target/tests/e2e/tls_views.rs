@@ -36,7 +36,7 @@ async fn tls_view(bed: &Bed, point: Lsn) -> ViewInfo {
         ..OpenView::new(VolumeName::new("pgdata").unwrap(), PointChoice::At(point))
     };
     match bed.ask(TargetRequest::OpenView(request)).await {
-        Ok(TargetReply::View(view)) => view,
+        Ok(TargetReply::View(view)) => *view,
         other => panic!("{other:?}"),
     }
 }

@@ -2,26 +2,35 @@
 //! goes away with the view and with the daemon, and not under somebody who uses it.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use farshore_blkfilter::sys::ublk::control::{Call, call};
+use farshore_blkfilter::sys::ublk::uapi::Control;
 use farshore_protocol::admin::{TargetReply, TargetRequest, ViewInfo};
 
 use crate::guest;
-use crate::harness::{Daemons, Site, assert_same_bytes, run, said, wait_for};
+use crate::harness::{Daemons, Site, assert_same_bytes, run, said, view_uri, wait_for};
 use crate::{Group, case_list};
 
 pub const GROUP: Group = Group {
     name: "views",
     cases: case_list![
         a_point_on_the_kernels_nbd_client_is_a_whole_file_system,
+        a_view_outlives_its_device_of_the_kernels_nbd_client,
         a_point_on_ublk_is_a_whole_file_system_until_it_is_closed,
         a_read_only_view_takes_no_writes,
         the_device_of_a_view_ends_with_a_killed_daemon,
+        a_view_outlives_its_deleted_ublk_device_and_ends_when_nobody_uses_it,
+        a_view_outlives_its_stopped_ublk_device,
     ],
     ..Group::DEFAULT
 };
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A site with the image `pgdata` protected, on which an ext4 holds one file, and a point of it.
 struct Bed {
@@ -166,5 +175,96 @@ fn the_device_of_a_view_ends_with_a_killed_daemon() {
     assert_gone(&device);
     let (_, device) = bed.open(&[]);
     assert_same_bytes(&bed.image, &device, "the view after the restart and the source");
+    bed.close(&device);
+}
+
+/// What is written to a view before it loses its device.
+fn write_a_mark(device: &Path) -> Vec<u8> {
+    let mark = vec![0xA7; 8192];
+    let file = fs::OpenOptions::new().write(true).open(device).expect("open");
+    file.write_all_at(&mark, 1 << 20).and_then(|()| file.sync_all()).expect("write");
+    mark
+}
+
+impl Bed {
+    /// The view says that its device is gone, and shows what was written to it at its export.
+    fn assert_outlives(&self, device: &Path, mark: &[u8]) -> ViewInfo {
+        let lost = wait_for("the loss of the device to be seen", LIMIT, || {
+            self.views().into_iter().find(|view| view.device_lost.is_some())
+        });
+        assert_eq!(lost.device, None, "a path that is not its own any more");
+        assert_gone(device);
+        assert!(self.site.logs().contains("code=6608"), "{}", self.site.logs());
+        let listed = self.site.cli(&["failover", "list"]);
+        assert!(listed.contains("its device is gone"), "{listed}");
+        let copy = self.site.fetch_view(&lost, "kept.img");
+        let kept = fs::read(&copy).expect("the view's bytes");
+        assert!(kept[1 << 20..][..mark.len()] == *mark, "what was written is gone");
+        lost
+    }
+}
+
+fn a_view_outlives_its_device_of_the_kernels_nbd_client() {
+    guest::load("nbd");
+    let bed = Bed::new();
+    let (_, device) = bed.open(&[]);
+    assert!(text(&device).starts_with("/dev/nbd"), "{}", device.display());
+    let mark = write_a_mark(&device);
+    run("nbd-client", &["-d", text(&device)]);
+    bed.assert_outlives(&device, &mark);
+    bed.site.cli(&["failover", "cleanup"]);
+    assert!(bed.views().is_empty());
+    // The number is free for the next one.
+    let (_, again) = bed.open(&[]);
+    assert_same_bytes(&bed.image, &again, "the next view and the source");
+    bed.close(&again);
+}
+
+/// Another program's order to the driver about the ublk device at this node.
+fn order_ublk(device: &Path, command: Control) {
+    let number = text(device).strip_prefix("/dev/ublkb").and_then(|n| n.parse().ok());
+    let device = number.expect("a ublk device");
+    // A deletion ends when the daemon has let the device go.
+    let answer = call(Call { command, device, data: 0, buffer: Vec::new() }, LIMIT);
+    assert_eq!(answer.expect("the driver answers").result, 0, "{command:?}");
+}
+
+fn a_view_outlives_its_stopped_ublk_device() {
+    guest::load("ublk_drv");
+    let bed = Bed::new();
+    let (_, device) = bed.open(&[]);
+    let mark = write_a_mark(&device);
+    order_ublk(&device, Control::StopDev);
+    bed.assert_outlives(&device, &mark);
+    bed.site.cli(&["failover", "cleanup"]);
+    assert!(bed.views().is_empty());
+}
+
+fn a_view_outlives_its_deleted_ublk_device_and_ends_when_nobody_uses_it() {
+    guest::load("ublk_drv");
+    let mut bed = Bed::new();
+    let file = bed.site.paths.etc.join("target.toml");
+    let config = fs::read_to_string(&file).expect("target.toml");
+    let short = config.replace("view_without_device = \"1h\"", "view_without_device = \"2s\"");
+    assert_ne!(config, short, "the setting is there");
+    fs::write(&file, short).expect("target.toml");
+    bed.daemons.target.kill();
+    bed.daemons.target = bed.site.start_target();
+    let (view, device) = bed.open(&[]);
+    let mark = write_a_mark(&device);
+    // Somebody who is connected keeps the view.
+    let mut client = Command::new("nbdsh")
+        .args(["--uri", &view_uri(&view), "-c", "import sys; print(flush=True); sys.stdin.read()"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("nbdsh");
+    let connected = client.stdout.take().expect("stdout").read_exact(&mut [0]);
+    connected.expect("it is connected");
+    order_ublk(&device, Control::DelDev);
+    bed.assert_outlives(&device, &mark);
+    client.kill().and_then(|()| client.wait()).expect("the client ends");
+    wait_for("the view to be closed", LIMIT, || bed.views().is_empty().then_some(()));
+    let (_, device) = bed.open(&[]);
     bed.close(&device);
 }

@@ -43,7 +43,7 @@ fn open(stage: &Stage, point: PointChoice) -> Result<(ViewInfo, Duration), End> 
     let begun = Instant::now();
     let request = OpenView::new(stage.name.clone(), point);
     match rpc::target(stage.paths(), &TargetRequest::OpenView(request))? {
-        TargetReply::View(view) => Ok((view, begun.elapsed())),
+        TargetReply::View(view) => Ok((*view, begun.elapsed())),
         _ => Err(rpc::unexpected(Role::Target).into()),
     }
 }

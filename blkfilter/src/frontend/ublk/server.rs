@@ -192,14 +192,18 @@ impl Server {
             workers.expect_removal(true);
             let command =
                 if self.features.safe_stop() { Control::TryStopDev } else { Control::StopDev };
-            if let Err(error) = driver::order(command, self.number, 0, grace) {
-                workers.expect_removal(false);
-                return Err(match error {
-                    UblkError::Refused { errno: Errno::EBUSY, .. } => {
-                        UblkError::InUse { number: self.number }
-                    }
-                    error => error,
-                });
+            match driver::order(command, self.number, 0, grace) {
+                // Another program deleted it, or is about to.
+                Ok(()) | Err(UblkError::Refused { errno: Errno::ENODEV, .. }) => {}
+                Err(error) => {
+                    workers.expect_removal(false);
+                    return Err(match error {
+                        UblkError::Refused { errno: Errno::EBUSY, .. } => {
+                            UblkError::InUse { number: self.number }
+                        }
+                        error => error,
+                    });
+                }
             }
         }
         if let Some(workers) = held.take() {

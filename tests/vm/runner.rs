@@ -116,6 +116,8 @@ struct Options {
     include_soak: bool,
     show: bool,
     threads: Option<usize>,
+    /// In place of those that the tests ask for.
+    kernel: Option<String>,
 }
 
 impl Options {
@@ -132,6 +134,10 @@ impl Options {
                     let number = rest.next().and_then(|n| n.parse().ok());
                     options.threads = Some(number.ok_or("--test-threads needs a number")?);
                 }
+                "--kernel" => {
+                    let version = rest.next().ok_or("--kernel needs a version")?;
+                    options.kernel = Some(version.clone());
+                }
                 flag if flag.starts_with('-') => return Err(format!("unknown option {flag}")),
                 filter => options.filters.push(filter.to_owned()),
             }
@@ -142,6 +148,10 @@ impl Options {
     fn chooses(&self, name: &str) -> bool {
         let fits = |f: &String| if self.exact { name == f } else { name.contains(f.as_str()) };
         self.filters.is_empty() || self.filters.iter().any(fits)
+    }
+
+    fn kernel<'a>(&'a self, job: &'a Job) -> &'a str {
+        self.kernel.as_deref().unwrap_or_else(|| job.kernel())
     }
 
     fn jobs(&self) -> Vec<Job> {
@@ -192,7 +202,8 @@ pub fn on_host(arguments: &[String]) -> i32 {
         Ok(options) => options,
         Err(why) => {
             eprintln!(
-                "{why}\nusage: [FILTER...] [--exact] [--list] [--include-ignored] [--show-output] [--test-threads N]"
+                "{why}\nusage: [FILTER...] [--exact] [--list] [--include-ignored] [--show-output] \
+                 [--test-threads N] [--kernel VERSION]"
             );
             return 2;
         }
@@ -213,10 +224,11 @@ pub fn on_host(arguments: &[String]) -> i32 {
     }
     let mut kernels = BTreeMap::new();
     let (ready, without): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| {
-        kernels.entry(job.kernel()).or_insert_with(|| Kernel::fetch(job.kernel())).is_ok()
+        let wanted = options.kernel(job);
+        kernels.entry(wanted.to_owned()).or_insert_with(|| Kernel::fetch(wanted)).is_ok()
     });
     for job in &without {
-        let why = kernels[job.kernel()].as_ref().err().cloned().unwrap_or_default();
+        let why = kernels[options.kernel(job)].as_ref().err().cloned().unwrap_or_default();
         for name in job.names() {
             report.add(&name, Duration::ZERO, Ok(format!("skipped: {why}")));
         }
@@ -228,7 +240,7 @@ pub fn on_host(arguments: &[String]) -> i32 {
         for _ in 0..options.threads.unwrap_or(cores.min(4)) {
             scope.spawn(|| {
                 while let Some(job) = ready.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let kernel = kernels[job.kernel()].as_ref().expect("partitioned by it");
+                    let kernel = kernels[options.kernel(job)].as_ref().expect("partitioned by it");
                     run_job(job, kernel, &report);
                 }
             });

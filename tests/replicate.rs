@@ -3,9 +3,10 @@
 
 mod harness;
 
+use std::path::Path;
 use std::time::Duration;
 
-use farshore_protocol::admin::PointChoice;
+use farshore_protocol::admin::{PointChoice, PointInfo};
 use harness::{Site, assert_same_bytes, run, wait_for};
 
 fn fio(uri: &str, extra: &[&str]) {
@@ -200,4 +201,108 @@ fn an_unclean_restart_of_filterd_copies_again_and_keeps_old_points() {
     let old = std::fs::read(site.fetch_view(&view, "before.img")).expect("copy");
     assert!(old[..4096].iter().all(|b| *b == 0), "the old point has a later write");
     assert!(old[1 << 20..2 << 20].iter().all(|b| *b == b'q'), "the old point lost a write");
+}
+
+/// Makes the image larger; what `fill` KiB of its new part hold is left from before.
+fn enlarge(image: &Path, bytes: u64, fill: u64) {
+    let from = std::fs::metadata(image).expect("image").len();
+    let path = image.to_str().expect("path");
+    run("truncate", &["-s", &bytes.to_string(), path]);
+    let (to, seek) = (format!("of={path}"), format!("seek={}", from / 1024 + 192));
+    let count = format!("count={fill}");
+    let old = ["if=/dev/urandom", &to, "bs=1K", &seek, &count, "conv=notrunc", "status=none"];
+    run("dd", &old);
+}
+
+/// The point has the size and the content of `is`.
+fn assert_point_is(site: &Site, point: &PointInfo, is: &Path) {
+    let view = site.open("disk", PointChoice::Id(point.point));
+    assert_eq!(view.size.get(), std::fs::metadata(is).expect("image").len());
+    let copy = site.fetch_view(&view, &format!("{}.img", point.name));
+    assert_same_bytes(is, &copy, "a point differs from the source at its time");
+    site.close(&view);
+}
+
+#[test]
+fn a_volume_grows_in_use_and_points_keep_the_size_of_their_time() {
+    let site = Site::new();
+    let mut daemons = site.start_all();
+    // Not whole chunks: the last one grows too.
+    let before = (16 << 20) + 65536;
+    let (image, uri) = site.protect("disk", before, "1s");
+    site.wait_protected("disk");
+    run("nbdsh", &["-u", &uri, "-c", "h.pwrite(b'a' * 65536, 16 << 20)"]);
+    let old = site.tag("disk", "old");
+    let kept = site.root().join("kept.img");
+    std::fs::copy(&image, &kept).expect("copy of the image");
+
+    enlarge(&image, 24 << 20, 1280);
+    let would = site.cli(&["volume", "grow", "disk", "--dry-run"]);
+    assert!(would.contains("nothing was changed"), "{would}");
+    run("nbdsh", &["-u", &uri, "-c", &format!("assert h.get_size() == {before}")]);
+    let grown: serde_json::Value =
+        serde_json::from_str(&site.cli(&["volume", "grow", "disk", "--json"])).expect("a document");
+    assert_eq!(grown["grown"]["to"], 24 << 20, "{grown}");
+    let script = "assert h.get_size() == 24 << 20
+h.pwrite(b'n' * 65536, (24 << 20) - 65536)
+h.pwrite(b'm' * 131072, 16 << 20)
+h.flush()";
+    run("nbdsh", &["-u", &uri, "-c", script]);
+    let new = site.tag_when_ordered("disk", "new");
+    assert_point_is(&site, &old, &kept);
+    assert_point_is(&site, &new, &image);
+    assert_eq!(site.replica("disk").expect("status").size.get(), 24 << 20);
+    let again = site.cli(&["volume", "grow", "disk"]);
+    assert!(again.contains("already"), "{again}");
+
+    // A growth that is not finished when filterd dies is made good by the next start.
+    enlarge(&image, 40 << 20, 6144);
+    site.cli(&["volume", "grow", "disk"]);
+    daemons.filterd.kill();
+    daemons.filterd = site.start_filterd();
+    run("nbdsh", &["-u", &uri, "-c", "assert h.get_size() == 40 << 20"]);
+    let killed = site.tag_when_ordered("disk", "killed");
+    assert_point_is(&site, &killed, &image);
+
+    run("truncate", &["-s", "20M", image.to_str().expect("path")]);
+    let refused = site.try_cli(&["volume", "grow", "disk"]);
+    assert_eq!(refused.status.code(), Some(4), "{}", harness::said(&refused));
+    assert!(harness::said(&refused).contains("FS-2050"), "{}", harness::said(&refused));
+}
+
+#[test]
+fn a_sparse_image_grows_without_losing_order() {
+    let site = Site::new();
+    let _daemons = site.start_all();
+    let (image, uri) = site.protect("disk", 16 << 20, "1s");
+    site.wait_protected("disk");
+    enlarge(&image, 48 << 20, 0);
+    site.cli(&["volume", "grow", "disk"]);
+    // At once: nothing is to be copied before.
+    let empty = site.tag("disk", "empty");
+    assert_point_is(&site, &empty, &image);
+    fio(&uri, &["--rw=randwrite", "--bs=64k", "--size=48m", "--io_size=8m", "--iodepth=8"]);
+    let full = site.tag("disk", "full");
+    assert_point_is(&site, &full, &image);
+    let events = site.cli(&["event", "list", "--json"]);
+    assert_eq!(events.matches("order was lost").count(), 0, "{events}");
+}
+
+#[test]
+fn a_disk_that_grew_while_filterd_was_stopped_is_found_and_copied() {
+    let site = Site::new();
+    let mut daemons = site.start_all();
+    let (image, uri) = site.protect("disk", 16 << 20, "1s");
+    site.wait_protected("disk");
+    run("nbdsh", &["-u", &uri, "-c", "h.pwrite(b'a' * 65536, 1 << 20)"]);
+    let old = site.tag("disk", "old");
+    let kept = site.root().join("kept.img");
+    std::fs::copy(&image, &kept).expect("copy of the image");
+    assert!(daemons.filterd.stop().success());
+    enlarge(&image, 24 << 20, 2048);
+    daemons.filterd = site.start_filterd();
+    run("nbdsh", &["-u", &uri, "-c", "assert h.get_size() == 24 << 20"]);
+    let new = site.tag_when_ordered("disk", "new");
+    assert_point_is(&site, &old, &kept);
+    assert_point_is(&site, &new, &image);
 }

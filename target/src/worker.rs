@@ -440,6 +440,7 @@ impl Worker {
                 note(0, format!("order was restored at {lsn}: points are cut again"));
             }
             StoreEvent::Resized { lsn, size } => {
+                self.replica.update(|facts| facts.row.size = size);
                 note(0, format!("the volume has {} bytes from {lsn} on", size.get()));
             }
             StoreEvent::EpochStarted { lsn, continues: false } => {
@@ -538,8 +539,9 @@ impl Worker {
                     return self.recount();
                 }
                 self.expiring = self.expiring.max(apply_pending);
+                let size = store.position().size;
                 self.store = Some(store);
-                self.replica.update(|facts| facts.problem = None);
+                self.replica.update(|facts| (facts.problem, facts.row.size) = (None, size));
                 self.replay_points(self.replica.facts().row.points_upto);
                 self.publish_position();
             }

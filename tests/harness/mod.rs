@@ -336,6 +336,19 @@ impl Site {
         points.into_iter().find(|p| p.name == name).expect("the tagged point is listed")
     }
 
+    /// As [`Self::tag`], for a volume that may be catching up: as soon as a point can be cut.
+    pub fn tag_when_ordered(&self, volume: &str, name: &str) -> PointInfo {
+        wait_for("order", Duration::from_secs(120), || {
+            let out = self.try_cli(&["point", "tag", volume, "--name", name]);
+            let told = String::from_utf8_lossy(&out.stderr);
+            let early = ["FS-3013", "FS-6605", "FS-5904"].iter().any(|code| told.contains(code));
+            assert!(out.status.success() || early, "point tag: {}\n{}", said(&out), self.logs());
+            out.status.success().then_some(())
+        });
+        let points = self.points(volume);
+        points.into_iter().find(|p| p.name == name).expect("the tagged point is listed")
+    }
+
     pub fn points(&self, volume: &str) -> Vec<PointInfo> {
         let volume = VolumeName::new(volume).expect("name");
         match self.ask_target(&TargetRequest::Points { volume, limit: 0 }) {

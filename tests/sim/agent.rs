@@ -16,7 +16,7 @@ use farshore_protocol::message::FromTarget;
 use crate::coverage::{Coverage, Seen};
 use crate::link::{Link, ToTarget};
 use crate::rng::Rng;
-use crate::source::Source;
+use crate::source::{Disk, Source};
 use crate::spool::SimSpool;
 
 /// The media of the spools; they survive the agent.
@@ -45,6 +45,16 @@ struct Running {
 
 fn trouble(why: &str) -> Problem {
     Problem::harmless(5999, "simulated", why, "nothing")
+}
+
+fn facts(disk: &Disk) -> VolumeFacts {
+    VolumeFacts {
+        volume: disk.id,
+        name: VolumeName::new("disk").expect("name"),
+        size: disk.size,
+        blocks: BlockSizes::E512,
+        point_interval_ms: None,
+    }
 }
 
 impl Agent {
@@ -87,16 +97,9 @@ impl Agent {
             let running = Running { number: None, supply, disk: medium, pulls: VecDeque::new() };
             agent.feeds.insert(disk.id, running);
 
-            let facts = VolumeFacts {
-                volume: disk.id,
-                name: VolumeName::new("disk").expect("name"),
-                size: disk.size,
-                blocks: BlockSizes::E512,
-                point_interval_ms: None,
-            };
             let (captured, released) = source.watermarks(disk.id);
             let memory = memory.get(&disk.id).copied().unwrap_or_default();
-            let event = Event::VolumeAdded { facts, memory, captured, released };
+            let event = Event::VolumeAdded { facts: facts(disk), memory, captured, released };
             agent.session.step(Duration::ZERO, event, &mut agent.actions);
         }
         agent
@@ -110,7 +113,13 @@ impl Agent {
     pub fn tick(&mut self, source: &Source) {
         for disk in &source.disks {
             let (captured, released) = source.watermarks(disk.id);
-            let event = Event::VolumeSeen { volume: disk.id, captured, released };
+            let known = self.session.volume(disk.id).is_some_and(|v| *v.facts() == facts(disk));
+            let event = if known {
+                Event::VolumeSeen { volume: disk.id, captured, released }
+            } else {
+                let memory = VolumeMemory::default(); // what the session remembers is newer
+                Event::VolumeAdded { facts: facts(disk), memory, captured, released }
+            };
             self.session.step(Self::now(source), event, &mut self.actions);
         }
         self.session.step(Self::now(source), Event::Tick, &mut self.actions);

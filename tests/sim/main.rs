@@ -135,6 +135,7 @@ planted! {
     finds_a_copy_without_lock: core.copy_without_lock;
     finds_a_bit_cleared_before_the_read: core.clear_bit_before_read_recorded;
     finds_pool_room_given_out_twice: core.reuse_pool_before_release;
+    finds_a_new_part_that_is_not_sent: core.new_part_not_sent;
     finds_a_release_before_the_ack: session.release_before_ack;
     finds_a_chain_not_continued: session.chain_not_continued;
     finds_a_release_before_the_spool_is_synced: spool.release_before_sync;

@@ -34,6 +34,8 @@ pub fn sectors(extent: Extent) -> std::ops::Range<usize> {
 enum Change {
     /// These sectors have this content from here on.
     Set(std::ops::Range<usize>, Vec<Content>),
+    /// The volume is larger from here on, by this content.
+    Append(Vec<Content>),
     /// Everything is as here: after a crash of the source.
     Image(Vec<Content>),
 }
@@ -58,6 +60,12 @@ impl Oracle {
         self.history.entry(lsn).or_default().push(Change::Set(range, content));
     }
 
+    /// From `lsn` on the volume has this content behind its old end.
+    pub fn append(&mut self, lsn: Lsn, content: Vec<Content>) {
+        self.now.extend_from_slice(&content);
+        self.history.entry(lsn).or_default().push(Change::Append(content));
+    }
+
     /// From `lsn` on the volume is as this image.
     pub fn replace(&mut self, lsn: Lsn, image: Vec<Content>) {
         self.now.clone_from(&image);
@@ -75,6 +83,7 @@ impl Oracle {
         for change in self.history.range(..=lsn).flat_map(|(_, changes)| changes) {
             match change {
                 Change::Set(range, content) => image[range.clone()].copy_from_slice(content),
+                Change::Append(content) => image.extend_from_slice(content),
                 Change::Image(all) => image.clone_from(all),
             }
         }

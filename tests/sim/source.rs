@@ -3,6 +3,8 @@
 //! A backing operation is applied to the medium and completed at separate, random moments, so the
 //! medium sees overlapping operations in another order than they complete, as real disks do.
 
+mod grow;
+
 use std::collections::BTreeMap;
 
 use farshore_blkfilter::control::Descriptor;

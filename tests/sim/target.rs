@@ -432,6 +432,7 @@ fn read(view: &PointReader) -> Result<Vec<Content>, String> {
 fn compare(view: &PointReader, lsn: Lsn, volume: VolumeId, source: &Source) {
     let image = read(view).unwrap_or_else(|e| panic!("the place {lsn} cannot be read: {e}"));
     let truth = source.disk(volume).oracle.at(lsn);
+    assert_eq!(image.len(), truth.len(), "the place {lsn} has another size than the source had");
     if let Some(at) = (0..truth.len()).find(|at| image[*at] != truth[*at]) {
         panic!("the place {lsn} differs at sector {at}: {} instead of {}", image[at], truth[at]);
     }

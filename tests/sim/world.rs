@@ -31,6 +31,7 @@ struct Weather {
     disk_lost: u64,
     faulty_disk: bool,
     expiry: u64,
+    grow: u64,
 }
 
 impl Weather {
@@ -45,6 +46,7 @@ impl Weather {
             target_crash: rate(600, 5),
             disk_lost: rate(50, 1),
             expiry: rate(600, 12),
+            grow: rate(300, 4),
             faulty_disk: rate(500, 1) > 0,
             steps: 800 + rate(1000, 2400),
         }
@@ -139,6 +141,9 @@ impl World {
         }
         if rng.chance(weather.expiry) && !self.target.expire(rng, &mut self.coverage) {
             self.crash_target(rng);
+        }
+        if rng.chance(weather.grow) {
+            self.source.grow(rng, &mut self.coverage);
         }
         self.work(rng, true);
         if rng.chance(20) {

@@ -40,7 +40,17 @@ pub struct Volume<'a> {
 impl<'a> Volume<'a> {
     /// Protects a disk of the group under its own name, points by `policy`.
     pub fn protect(site: &'a Site, way: Way, disk: &str, policy: &str) -> Self {
-        let backing = guest::disk(disk);
+        Self::protect_path(site, way, disk, &guest::disk(disk), policy)
+    }
+
+    /// Protects a block device under a name of its own.
+    pub fn protect_path(
+        site: &'a Site,
+        way: Way,
+        name: &str,
+        backing: &Path,
+        policy: &str,
+    ) -> Self {
         let path = backing.to_str().expect("UTF-8");
         let attach = match way {
             Way::Ublk => "ublk",
@@ -48,22 +58,25 @@ impl<'a> Volume<'a> {
             Way::Socket => "socket",
         };
         way.load_driver();
-        let mut args = vec!["protect", path, "--name", disk, "--policy", policy, "--yes"];
+        let mut args = vec!["protect", path, "--name", name, "--policy", policy, "--yes"];
         args.extend(["--attach", attach]);
         site.cli(&args);
-        Self::again(site, way, disk)
+        Self::reach(site, way, name, backing)
     }
 
     /// One that is protected already.
     pub fn again(site: &'a Site, way: Way, disk: &str) -> Self {
-        let backing = guest::disk(disk);
+        Self::reach(site, way, disk, &guest::disk(disk))
+    }
+
+    fn reach(site: &'a Site, way: Way, name: &str, backing: &Path) -> Self {
         let client =
-            (way == Way::Socket).then(|| Attached::new(&site.nbd_uri(disk), &block_size(&backing)));
+            (way == Way::Socket).then(|| Attached::new(&site.nbd_uri(name), &block_size(backing)));
         let device = match &client {
             Some(client) => client.device.clone(),
-            None => guest::wait_block_device(&Path::new("/dev/farshore").join(disk)),
+            None => guest::wait_block_device(&Path::new("/dev/farshore").join(name)),
         };
-        Self { site, name: disk.to_owned(), backing, device, client }
+        Self { site, name: name.to_owned(), backing: backing.to_owned(), device, client }
     }
 
     /// The device as programs take it.

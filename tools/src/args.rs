@@ -12,7 +12,7 @@ use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
 use crate::{
-    check, demo, doctor, explain, failover, hosts, journal, points, protect, roles, status,
+    check, demo, doctor, explain, failover, hosts, journal, points, protect, roles, status, volume,
 };
 
 /// Continuous disaster recovery of block devices: every second of the past as a disk.
@@ -78,6 +78,9 @@ pub enum Command {
     Protect(protect::ProtectArgs),
     /// Stop protecting; the disk keeps its content, the replica its points
     Unprotect(protect::UnprotectArgs),
+    /// Change a protected volume while it is in use
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
     /// Points of the past that can be opened
     #[command(subcommand)]
     Point(points::PointCommand),
@@ -153,6 +156,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Status(args) => status::run(args, global, out),
         Command::Protect(args) => protect::protect(args, global, out),
         Command::Unprotect(args) => protect::unprotect(args, global, out),
+        Command::Volume(command) => volume::run(command, global, out),
         Command::Point(command) => points::run(command, global, out),
         Command::Failover(command) => failover::run(command, global, out),
         Command::Check(args) => check::run(args, global, out),
@@ -215,6 +219,7 @@ mod tests {
             "protect /dev/vdb --name pgdata --policy 30s --dry-run",
             "protect /dev/vdb --name pgdata --yes",
             "unprotect pgdata --yes",
+            "volume grow pgdata --dry-run",
             "status --watch",
             "status --json --root /tmp/x",
             "point list pgdata --limit 5 --json",

@@ -31,6 +31,7 @@ mod roles;
 mod signals;
 mod status;
 mod units;
+mod volume;
 
 use std::process::ExitCode;
 

@@ -60,6 +60,15 @@ impl ChunkMap {
         map
     }
 
+    /// Makes room for a larger volume; new chunks are clean. A last chunk that was short keeps what
+    /// it is.
+    pub fn grow(&mut self, size: VolumeSize) {
+        debug_assert!(size >= self.size);
+        let larger = Self::clean(size, self.chunk);
+        self.words.resize(larger.words.len(), 0);
+        self.size = size;
+    }
+
     /// Marks every chunk that `extent` touches.
     pub fn mark(&mut self, extent: Extent) {
         for index in self.indices(extent) {
@@ -200,6 +209,25 @@ mod tests {
             let start = (from * unit / chunk) % size.get().div_ceil(chunk);
             let wanted = model.range(start..).next().or_else(|| model.first());
             prop_assert_eq!(map.next_dirty(from * unit).map(|e| e.offset() / chunk), wanted.copied());
+        }
+    }
+
+    #[test]
+    fn a_map_that_grows_keeps_its_bits_and_has_room_for_the_new_chunks() {
+        let (unit, chunk) = (512, ChunkSize::tiny(2048));
+        let size = |units: u64| VolumeSize::new(units * unit).unwrap();
+        // From within a chunk, at its end, and over the words of 64 chunks.
+        for (from, to) in [(5, 6), (8, 9), (255, 256), (256, 257), (3, 1000)] {
+            let mut map = ChunkMap::clean(size(from), chunk);
+            map.mark(Extent::new(0, 1).unwrap());
+            let before = map.dirty_chunks();
+            map.grow(size(to));
+            assert_eq!(map.dirty_chunks(), before);
+            map.mark(Extent::between(from * unit, to * unit).unwrap());
+            map.clear(Extent::new(0, 2048).unwrap());
+            let first = if from < 4 { 4 } else { from - from % 4 };
+            let last = ((first + 4) * unit).min(to * unit);
+            assert_eq!(map.next_dirty(0), Extent::between(first * unit, last));
         }
     }
 }

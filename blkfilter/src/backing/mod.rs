@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use farshore_extent::{BlockSizes, Extent, VolumeSize};
 use nix::errno::Errno;
@@ -42,7 +42,7 @@ pub struct Backing {
     path: PathBuf,
     kind: BackendKind,
     mode: Mode,
-    size: VolumeSize,
+    size: RwLock<VolumeSize>,
     blocks: BlockSizes,
     direct: bool,
     volatile_cache: bool,
@@ -67,10 +67,15 @@ impl Backing {
         self.mode == Mode::ReadOnly
     }
 
-    /// Size in bytes when it was opened.
+    /// Size in bytes: when it was opened, or as last told by [`Self::set_size`].
     #[must_use]
-    pub const fn size(&self) -> VolumeSize {
-        self.size
+    pub fn size(&self) -> VolumeSize {
+        *self.size.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is used up to `size` from now on, which it has now.
+    pub fn set_size(&self, size: VolumeSize) {
+        *self.size.write().unwrap_or_else(PoisonError::into_inner) = size;
     }
 
     /// Block sizes in bytes; the logical one is what direct I/O on it needs.
@@ -128,7 +133,7 @@ impl Backing {
     /// # Errors
     /// Of the file.
     pub fn next_data(&self, from: u64) -> io::Result<Option<Extent>> {
-        let end = self.size.get();
+        let end = self.size().get();
         let Some(rest) = Extent::between(from, end) else { return Ok(None) };
         if self.kind == BackendKind::Block {
             return Ok(Some(rest));
@@ -151,6 +156,17 @@ impl Backing {
         Ok(Extent::between(start, stop.next_multiple_of(unit).min(end)))
     }
 
+    /// Whether the file has no data in `part`, which may lie behind the volume's end: it reads as
+    /// zeroes. False when nothing tells.
+    #[must_use]
+    pub fn is_hole(&self, part: Extent) -> bool {
+        self.kind == BackendKind::File
+            && match self.seek(part.offset(), Whence::SeekData) {
+                Ok(data) => data >= part.end(),
+                Err(errno) => errno == Errno::ENXIO, // no data from there on
+            }
+    }
+
     /// The position is shared by all users of the descriptor, but nobody else uses it: rings and
     /// probes give their own.
     fn seek(&self, from: u64, whence: Whence) -> Result<u64, Errno> {
@@ -165,7 +181,7 @@ impl Backing {
     /// # Errors
     /// When the kernel does not tell; then take it as changed.
     pub fn identity(&self) -> io::Result<Identity> {
-        Identity::of(self.file.as_fd(), self.kind, self.size)
+        Identity::of(self.file.as_fd(), self.kind, self.size())
     }
 }
 

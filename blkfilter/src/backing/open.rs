@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use farshore_extent::{BlockSizes, Problem, VolumeSize};
@@ -88,6 +88,26 @@ impl Backing {
         }
     }
 
+    /// The size that the kernel gives now, in bytes.
+    ///
+    /// # Errors
+    /// FS-4029 when the kernel does not tell.
+    pub fn measure(&self) -> Result<u64, Problem> {
+        let bytes = match self.kind {
+            BackendKind::Block => info::block_size_bytes(self.file.as_fd()),
+            BackendKind::File => self.file.metadata().map(|m| m.len()),
+        };
+        bytes.map_err(|e| problem::silent(&self.path, &e))
+    }
+
+    /// A size that it has now, as that of a volume.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`] for a size that no volume can have.
+    pub fn usable(&self, bytes: u64) -> Result<VolumeSize, Problem> {
+        usable_size(&self.path, bytes, self.blocks)
+    }
+
     fn block(path: &Path, file: File, mode: Mode, rdev: u64) -> Result<Self, Problem> {
         let fd = file.as_fd();
         let silent = |e: io::Error| problem::silent(path, &e);
@@ -110,6 +130,7 @@ impl Backing {
         let file = Arc::new(file);
         let path = path.to_owned();
         let kind = BackendKind::Block;
+        let size = RwLock::new(size);
         Ok(Self { file, path, kind, mode, size, blocks, direct, volatile_cache })
     }
 
@@ -123,6 +144,7 @@ impl Backing {
         let (path, kind) = (path.to_owned(), BackendKind::File);
         // Metadata of the file (allocation) is not durable without a sync, whatever the disk does.
         let volatile_cache = true;
+        let size = RwLock::new(size);
         Ok(Self { file, path, kind, mode, size, blocks, direct, volatile_cache })
     }
 }

@@ -175,3 +175,24 @@ fn what_is_no_disk_or_too_small_is_refused() {
     std::fs::write(dir.path().join("small"), b"x").unwrap();
     assert_eq!(code(&dir.path().join("small")), 4019);
 }
+
+#[test]
+fn a_file_that_grows_is_measured_and_its_new_part_is_told_from_a_hole() {
+    for dir in [disk(), memory()] {
+        let path = image(dir.path());
+        let backing = Backing::open(&path, Mode::ReadWrite).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(SIZE + (4 << 20)).unwrap();
+        assert_eq!(backing.size().get(), SIZE, "nobody has told it");
+        let bytes = backing.measure().unwrap();
+        assert_eq!(bytes, SIZE + (4 << 20));
+        assert!(backing.is_hole(extent(SIZE, 4 << 20)));
+        file.write_all_at(&[1; 4096], SIZE + (2 << 20)).unwrap();
+        assert!(!backing.is_hole(extent(SIZE, 4 << 20)));
+        assert!(backing.is_hole(extent(SIZE, 1 << 20)), "there it is one still");
+        backing.set_size(backing.usable(bytes).unwrap());
+        assert_eq!(all_data(&backing), [extent(SIZE + (2 << 20), 4096)]);
+        assert_eq!(backing.usable(SIZE + 100).unwrap_err().code.0, 4020);
+        assert_eq!(backing.usable((512 << 40) + 4096).unwrap_err().code.0, 4035);
+    }
+}

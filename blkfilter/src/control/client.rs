@@ -16,8 +16,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, 
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::message::{
-    Fetched, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request, VolumeInfo,
-    VolumeStatus,
+    Fetched, Grown, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request,
+    VolumeInfo, VolumeStatus,
 };
 use crate::sys::fdpass::FdReader;
 use crate::sys::pool_reader::ReadOnlyPool;
@@ -102,6 +102,17 @@ impl Client {
     /// As for [`Self::list`].
     pub fn unprotect(&mut self, name: VolumeName, force: bool) -> Result<(), Problem> {
         self.done(&Request::Unprotect { name, force }, SLOW_CALL)
+    }
+
+    /// Lets a volume have the larger size that its backing device has got; see [`Request::Grow`].
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn grow(&mut self, name: VolumeName, dry_run: bool) -> Result<Grown, Problem> {
+        match self.call(&Request::Grow { name, dry_run }, SLOW_CALL)? {
+            Reply::Grown(grown) => Ok(grown),
+            other => Err(self.unexpected(&other)),
+        }
     }
 
     /// Cuts a marker over the volumes, at one number of the host.
@@ -270,6 +281,7 @@ impl Client {
             Reply::Volumes(_) => "Volumes",
             Reply::Protected(_) => "Protected",
             Reply::Preflight(_) => "Preflight",
+            Reply::Grown(_) => "Grown",
             Reply::Marker(_) => "Marker",
             Reply::Drained(_) => "Drained",
             Reply::Pool { .. } => "Pool",

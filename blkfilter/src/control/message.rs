@@ -27,6 +27,13 @@ pub enum Request {
         /// Disconnect the clients of a socket first.
         force: bool,
     },
+    /// Take over the larger size that the backing device has got, while the volume is in use.
+    Grow {
+        /// Which volume.
+        name: VolumeName,
+        /// Only tell what would be done.
+        dry_run: bool,
+    },
     /// Cut a marker over the volumes, at one number of the host's counter.
     Marker(MarkerRequest),
     /// The outcome of a pending marker.
@@ -103,6 +110,8 @@ pub enum Reply {
     Protected(VolumeInfo),
     /// To `Preflight`.
     Preflight(Readiness),
+    /// To `Grow`.
+    Grown(Grown),
     /// To `Marker`.
     Marker(MarkerPlaced),
     /// To `Drain`: whether it was reached in time.
@@ -116,6 +125,19 @@ pub enum Reply {
     Fetched(Fetched),
     /// Done.
     Done,
+}
+
+/// A volume that has grown, or would.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grown {
+    /// Its identity.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: VolumeName,
+    /// Bytes before.
+    pub from: VolumeSize,
+    /// Bytes now.
+    pub to: VolumeSize,
 }
 
 /// Kind of backing.

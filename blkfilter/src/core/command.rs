@@ -33,6 +33,14 @@ pub enum Refused {
         /// Bytes needed.
         needed: u64,
     },
+    /// A volume in use cannot become smaller.
+    #[error("a volume of {} bytes cannot shrink to {}", from.get(), to.get())]
+    Shrinks {
+        /// Size in bytes.
+        from: VolumeSize,
+        /// Size asked for.
+        to: VolumeSize,
+    },
     /// Requests are in flight.
     #[error("{0} requests are in flight")]
     Busy(usize),
@@ -408,6 +416,8 @@ impl CaptureCore {
             v.catch_up_total = 0;
             let seq = v.append(cx, DescriptorBody::OrderLost, None);
             v.log.restart_at(seq);
+            // What told the reader the size, an EpochStart or a Resize, may be among what was dropped.
+            v.append(cx, DescriptorBody::Resize(v.size), None);
             v.mark_dirty(v.size.extent());
             v.want_copy(cx);
         })
@@ -421,7 +431,7 @@ impl CaptureCore {
         self.pending_markers.retain(|(_, carriers)| !carriers.is_empty());
     }
 
-    fn with_volume<T>(
+    pub(super) fn with_volume<T>(
         &mut self,
         now: Now,
         key: VolumeKey,

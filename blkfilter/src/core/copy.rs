@@ -73,7 +73,7 @@ impl Volume {
                 let place = PoolPlace { offset: slot.offset(), crc };
                 let seq = cx.counter.take();
                 self.retain(cx, seq, slot, DescriptorBody::Copy { extent, place });
-                self.dirty.clear(extent);
+                self.sent(extent);
                 CopyEnd::Copied { bytes: extent.len() }
             }
             Outcome::Zeroes => self.copied_zeroes(cx, extent),
@@ -108,7 +108,7 @@ impl Volume {
 
     fn copied_zeroes(&mut self, cx: &mut Context<'_>, extent: Extent) -> CopyEnd {
         self.append(cx, DescriptorBody::Zero { extent, copied: true }, None);
-        self.dirty.clear(extent);
+        self.sent(extent);
         CopyEnd::Copied { bytes: extent.len() }
     }
 }

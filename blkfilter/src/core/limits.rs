@@ -48,4 +48,6 @@ pub struct Faults {
     pub clear_bit_before_read_recorded: bool,
     /// A record's room in the pool is free as soon as the record exists.
     pub reuse_pool_before_release: bool,
+    /// What a disk holds in its new part is taken for zeroes.
+    pub new_part_not_sent: bool,
 }

@@ -24,6 +24,7 @@ mod command;
 mod copy;
 mod event;
 mod gate;
+mod grow;
 mod limits;
 mod log;
 mod query;
@@ -41,5 +42,6 @@ pub use event::{
     Action, Backing, Buffer, CopyEnd, Event, IoKey, Now, Outcome, PoolSlot, QueueId, Token,
     VolumeKey,
 };
+pub use grow::NewPart;
 pub use limits::{Faults, Limits};
 pub use query::{CoreStatus, Waiting};

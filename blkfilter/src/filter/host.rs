@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use farshore_extent::{Epoch, Lsn, MarkerId, VolumeId, WallTime};
+use farshore_extent::{Epoch, Lsn, MarkerId, VolumeId, VolumeSize, WallTime};
 
 use super::fetch::Watcher;
 use super::inbox::Inbox;
 use crate::core::{
-    Action, Attach, CaptureCore, CoreStatus, Event, Limits, MarkerSpec, Now, Placed, QueueId,
-    Refused, VolumeKey,
+    Action, Attach, CaptureCore, CoreStatus, Event, Limits, MarkerSpec, NewPart, Now, Placed,
+    QueueId, Refused, VolumeKey,
 };
 
 /// The host's core. Shared by all queues, the copy loops and the control socket.
@@ -177,6 +177,19 @@ impl Host {
         if let Some(line) = self.lock().lines.get_mut(&key) {
             line.copy = queue;
         }
+    }
+
+    /// The backing is larger now; see [`CaptureCore::grow`].
+    ///
+    /// # Errors
+    /// As [`CaptureCore::grow`].
+    pub fn grow(
+        &self,
+        volume: VolumeKey,
+        size: VolumeSize,
+        part: NewPart,
+    ) -> Result<bool, Refused> {
+        self.command(|core, now, out| core.grow(now, volume, size, part, out))
     }
 
     /// The figures of a volume.

@@ -38,17 +38,18 @@ pub(super) struct Ground {
 
 /// An attached volume.
 pub(super) struct Attached {
+    /// With the size it had at its attach.
     pub(super) info: VolumeInfo,
-    filtering: Arc<Filtering>,
-    record: Mutex<VolumeRecord>,
+    pub(super) filtering: Arc<Filtering>,
+    pub(super) record: Mutex<VolumeRecord>,
     /// None once it has ended, and while it is being ended.
-    serving: Mutex<Option<Serving>>,
+    pub(super) serving: Mutex<Option<Serving>>,
     /// The disk behind it, as the kernel calls it; none for a file.
     origin: Option<String>,
-    ground: Ground,
+    pub(super) ground: Ground,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner) // plain data
 }
 
@@ -211,7 +212,7 @@ impl Attached {
         let core = self.ground.host.status(self.id())?;
         let device = self.filtering.device();
         Some(VolumeStatus {
-            info: self.info.clone(),
+            info: VolumeInfo { size: device.backing().size(), ..self.info.clone() },
             order: core.order,
             reason: core.reason,
             copy: CopyProgress {

@@ -9,10 +9,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farshore_extent::{Problem, VolumeId, VolumeName};
+use farshore_extent::{Problem, VolumeId, VolumeName, VolumeSize};
 
 use super::problem;
-use crate::core::{Refused, VolumeKey};
+use crate::core::{NewPart, Refused, VolumeKey};
 use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host};
 
 /// Between two looks whether everybody has let go.
@@ -50,6 +50,11 @@ impl Filtering {
 
     pub(super) fn copy(&self) -> Option<&CopyLoop> {
         self.copy.as_ref()
+    }
+
+    /// Its backing is larger now; see [`Host::grow`].
+    pub(super) fn grow(&self, size: VolumeSize, part: NewPart) -> Result<bool, Refused> {
+        self.host.grow(self.key, size, part)
     }
 
     /// Takes no new users and stops copying. Waits for nothing.

@@ -9,6 +9,7 @@ mod choice;
 mod config;
 mod daemon;
 mod filtering;
+mod grow;
 mod names;
 mod namespace;
 mod problem;

@@ -1,11 +1,11 @@
-//! What people and the agent are told: FS-2030 to FS-2049, FS-3110, FS-3111, FS-4031 and
-//! FS-4036.
+//! What people and the agent are told: FS-2030 to FS-2051, FS-3110, FS-3111, FS-4031,
+//! FS-4032 and FS-4036.
 
 use std::fmt::Display;
 use std::io;
 use std::path::Path;
 
-use farshore_extent::{Code, Problem, VolumeName};
+use farshore_extent::{Code, Problem, VolumeName, VolumeSize};
 
 use crate::control::AttachKind;
 use crate::core::Refused;
@@ -173,6 +173,39 @@ pub(super) fn name_of_a_partition(path: &Path, name: &VolumeName) -> Problem {
     )
 }
 
+/// The backing is smaller than the volume on it.
+pub(super) fn shrunk(name: &VolumeName, from: VolumeSize, to: u64) -> Problem {
+    Problem::harmless(
+        2050,
+        format!("{name} has {} bytes and cannot shrink to {to}", from.get()),
+        "its backing device is smaller than it was; a volume in use only grows",
+        "give the backing device its old size back; to make a volume smaller, shrink its file \
+         system, unprotect it, make the device smaller, and protect it under another name",
+    )
+    .with_risk("what is beyond the end of the backing device can be neither read nor written")
+}
+
+/// The kernel keeps the size of a device in use.
+pub(super) fn cannot_grow(name: &VolumeName, why: impl Display) -> Problem {
+    Problem::harmless(
+        4032,
+        format!("{name} cannot grow while it is in use"),
+        why.to_string(),
+        "nothing was changed. Unmount it and close what uses it, then restart filterd: the device \
+         is made again with the new size, and the volume is copied again; or boot a newer kernel",
+    )
+}
+
+/// The volume has grown, its block device has not.
+pub(super) fn old_size_shown(name: &VolumeName, why: impl Display) -> Problem {
+    Problem::harmless(
+        2051,
+        format!("{name} has grown, but its block device still shows the old size"),
+        why.to_string(),
+        format!("try again: `farshore volume grow {name}`; a restart of filterd does it too"),
+    )
+}
+
 pub(super) fn known_elsewhere(name: &VolumeName, backing: &Path) -> Problem {
     Problem::harmless(
         2040,
@@ -232,13 +265,14 @@ pub(super) fn refused(refused: &Refused) -> Problem {
             refused.to_string(),
             "try again when the volume is ordered again; `farshore status` tells",
         ),
-        Refused::AlreadyAttached | Refused::PoolTooSmall { .. } | Refused::Busy(_) => {
-            Problem::harmless(
-                2045,
-                "the capture core refused a volume",
-                refused.to_string(),
-                "report this; it should have been noticed before",
-            )
-        }
+        Refused::AlreadyAttached
+        | Refused::PoolTooSmall { .. }
+        | Refused::Shrinks { .. }
+        | Refused::Busy(_) => Problem::harmless(
+            2045,
+            "the capture core refused a volume",
+            refused.to_string(),
+            "report this; it should have been noticed before",
+        ),
     }
 }

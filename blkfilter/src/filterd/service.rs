@@ -14,7 +14,8 @@ use super::problem;
 use super::state::{Front, VolumeRecord, VolumeState};
 use crate::control::server::{Response, Serve};
 use crate::control::{
-    AttachKind, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request, VolumeInfo,
+    AttachKind, Grown, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request,
+    VolumeInfo,
 };
 use crate::core::MarkerSpec;
 use crate::filter::FetchWait;
@@ -292,6 +293,13 @@ impl Service {
         Ok(())
     }
 
+    fn grow(&self, name: &VolumeName, dry_run: bool) -> Result<Grown, Problem> {
+        let _changing = lock(&self.changing);
+        self.refuse_while_stopping()?;
+        let volume = lock(&self.volumes).get(name).cloned();
+        volume.ok_or_else(|| problem::no_such_volume(name))?.grow(dry_run)
+    }
+
     /// Lets a volume go whose front end has ended although it should not have. The attach thread
     /// takes it up again.
     fn put_aside(&self, volume: &Arc<Attached>) {
@@ -470,6 +478,7 @@ impl Serve for Service {
                 self.unprotect(&name, force)?;
                 Reply::Done
             }
+            Request::Grow { name, dry_run } => Reply::Grown(self.grow(&name, dry_run)?),
             Request::Marker(request) => Reply::Marker(self.marker(request)?),
             Request::ResolveMarker { marker, commit } => {
                 self.refuse_while_stopping()?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farshore_extent::{Problem, VolumeId};
+use farshore_extent::{Problem, VolumeId, VolumeSize};
 
 use super::problem;
 use super::state::{Front, VolumeRecord};
@@ -132,6 +132,24 @@ impl Serving {
                 server.health().gone.then(|| "it was disconnected by someone else".to_owned())
             }
             Self::Socket { .. } => None,
+        }
+    }
+
+    /// Whether its users can see a new size while they use it; the reason when they cannot.
+    pub(super) fn may_resize(&self) -> Result<(), String> {
+        match self {
+            Self::Ublk(server) if !server.can_resize() => Err(UblkError::CannotResize.to_string()),
+            Self::Ublk(_) | Self::Nbd(_) | Self::Socket { .. } => Ok(()),
+        }
+    }
+
+    /// Tells the kernel the size that the device has already. Clients of a socket learn it when
+    /// they connect.
+    pub(super) fn resize(&self, size: VolumeSize) -> Result<(), String> {
+        match self {
+            Self::Ublk(server) => server.resize(size).map_err(|e| e.to_string()),
+            Self::Nbd(server) => server.resize(size).map_err(|e| e.to_string()),
+            Self::Socket { .. } => Ok(()),
         }
     }
 

@@ -1,9 +1,10 @@
-//! The text of every refusal: FS-4011 to FS-4029, one code a cause.
+//! The text of every refusal: FS-4011 to FS-4029 and FS-4033 to FS-4035, one code a cause.
 
 use std::fmt::Display;
 use std::io;
 use std::path::Path;
 
+use farshore_changelog::limits::MAX_INDEXED_BYTES;
 use farshore_extent::{Problem, VolumeName};
 
 /// Smallest volume worth protecting, in bytes.
@@ -154,6 +155,15 @@ pub(crate) fn bad_size(path: &Path, bytes: u64, logical: u32) -> Option<Problem>
              detached loop device look like this",
             "check that this is the device meant (`lsblk`); make a file larger with \
              `truncate --size`",
+        ));
+    }
+    if bytes > MAX_INDEXED_BYTES {
+        return Some(refused(
+            4035,
+            path,
+            format!("its size is {bytes} bytes, more than {MAX_INDEXED_BYTES}"),
+            "the target's index addresses 512 TiB in a volume",
+            "divide it: protect several smaller devices, for example logical volumes",
         ));
     }
     if !bytes.is_multiple_of(u64::from(logical)) {

@@ -4,6 +4,7 @@ mod cable;
 mod demo;
 mod device;
 mod files;
+mod grow;
 mod host_cut;
 mod kernel;
 mod kernel_nbd;
@@ -28,6 +29,8 @@ pub const GROUPS: &[Group] = &[
     kernel_nbd::GROUP,
     verify::GROUP,
     files::GROUP,
+    grow::GROUP,
+    grow::NEWEST_GROUP,
     ublk_front::GROUP,
     ublk_front::NEWEST_GROUP,
     kills::GROUP,

@@ -1,6 +1,7 @@
 //! Every rule of the core by name, and random schedules against a model of disk and replica.
 
 mod group;
+mod grow;
 mod model;
 mod rig;
 mod rules;

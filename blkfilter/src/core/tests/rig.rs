@@ -338,6 +338,22 @@ impl Rig {
         self.release(volume);
     }
 
+    /// The disk becomes larger, with old content in its new part unless that is `part`, and the
+    /// core is told.
+    pub(super) fn grow(
+        &mut self,
+        volume: VolumeKey,
+        size: u64,
+        part: NewPart,
+    ) -> Result<bool, Refused> {
+        let units = usize::try_from(size).unwrap();
+        let disk = &mut self.disks[volume.index()];
+        let content = if part == NewPart::Zero { 0 } else { 0xDEAD };
+        disk.resize(disk.len().max(units), content);
+        let size = VolumeSize::new(size * UNIT).unwrap();
+        self.command(|core, now, out| core.grow(now, volume, size, part, out))
+    }
+
     /// Runs everything to its end: requests, copies, reader.
     pub(super) fn drain(&mut self) {
         for _ in 0..10_000 {
@@ -392,8 +408,8 @@ fn apply(replica: &mut Replica, body: &DescriptorBody, pool: &[u64]) -> bool {
         DescriptorBody::Unknown { .. }
         | DescriptorBody::Marker { .. }
         | DescriptorBody::MarkerCommit(_)
-        | DescriptorBody::MarkerAbort(_)
-        | DescriptorBody::Resize(_) => {}
+        | DescriptorBody::MarkerAbort(_) => {}
+        DescriptorBody::Resize(size) => replica.image.resize(range(size.extent()).len(), 0),
     }
     true
 }

@@ -164,8 +164,13 @@ impl Transmission {
     }
 
     fn begin(&mut self, raw: RawRequest) {
-        let plan = plan(&raw, &self.info, self.mode);
-        match plan {
+        let mut planned = plan(&raw, &self.info, self.mode);
+        if matches!(planned, Plan::Refuse(_)) {
+            // The device may have grown since this group was begun.
+            self.info = self.device.info();
+            planned = plan(&raw, &self.info, self.mode);
+        }
+        match planned {
             Plan::Disconnect => {
                 self.closed = true;
                 self.goodbye = true;

@@ -140,6 +140,12 @@ impl Server {
         self.recovered
     }
 
+    /// Whether [`Self::resize`] is possible on this kernel.
+    #[must_use]
+    pub fn can_resize(&self) -> bool {
+        self.features.update_size()
+    }
+
     /// Changes the size while the device is in use. What it serves must have that size already.
     ///
     /// # Errors

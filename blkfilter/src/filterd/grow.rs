@@ -1,0 +1,81 @@
+//! A volume takes over the larger size that its backing has got.
+//!
+//! The order of the steps, each complete before the next:
+//!
+//! 1. The core: the stream has its Resize record, and the new part is sent unless it reads as
+//!    zeroes. No guest can write there yet.
+//! 2. The volume's record, durably.
+//! 3. The device: clients of a socket that connect from now on see the new size, and a request
+//!    behind the old end is taken.
+//! 4. The kernel, for a block device.
+//!
+//! A process that dies before 1 leaves a smaller volume on a larger backing; one that dies after 1
+//! or 2 one whose users have the old size; one that dies after 3 or 4 may have written to the new
+//! part. In each case the record says DIRTY, as it does from the attach to an orderly stop: the
+//! next start takes the size of the backing as it finds it, tells that size with its `EpochStart`,
+//! shows it to the kernel, and sends again what may differ, the new part included. So nothing is
+//! lost between any two steps. A backing that has grown without any of this, before an orderly
+//! stop, differs from the size on record: everything is sent again.
+//!
+//! Whoever makes a start send less than everything has to keep step 2 behind durable marks for the
+//! new part: a record with the new size must not be found without them.
+
+use std::fs;
+
+use farshore_extent::{Extent, Problem, SECTOR, VolumeSize};
+
+use super::attached::{Attached, lock};
+use super::problem;
+use crate::control::Grown;
+use crate::core::{NewPart, Refused};
+
+impl Attached {
+    /// Looks how large the backing is now and lets the volume have that. `dry_run`: only tells what
+    /// would be done. When it fails half-way, the same again does the rest; so does a restart.
+    pub(super) fn grow(&self, dry_run: bool) -> Result<Grown, Problem> {
+        let name = &self.info.name;
+        let serving = lock(&self.serving);
+        let serving = serving.as_ref().ok_or_else(problem::stopping)?;
+        let backing = self.filtering.device().backing();
+        let (had, bytes) = (backing.size(), backing.measure()?);
+        if bytes < had.get() {
+            return Err(problem::shrunk(name, had, bytes));
+        }
+        let to = backing.usable(bytes)?;
+        let from = self.shown().map_or(had, |shown| shown.min(had));
+        let grown = Grown { volume: self.id(), name: name.clone(), from, to };
+        if from == to {
+            return Ok(grown);
+        }
+        serving.may_resize().map_err(|why| problem::cannot_grow(name, why))?;
+        if dry_run {
+            return Ok(grown);
+        }
+        let hole = Extent::between(had.get(), to.get()).is_none_or(|new| backing.is_hole(new));
+        let part = if hole { NewPart::Zero } else { NewPart::Unknown };
+        self.filtering.grow(to, part).map_err(|e| match e {
+            Refused::Shrinks { from, to } => problem::shrunk(name, from, to.get()),
+            other => problem::refused(&other),
+        })?;
+        self.save_size(to)?;
+        backing.set_size(to);
+        serving.resize(to).map_err(|why| problem::old_size_shown(name, why))?;
+        tracing::info!(volume = %name, from = from.get(), to = to.get(), ?part, "grown");
+        Ok(grown)
+    }
+
+    fn save_size(&self, size: VolumeSize) -> Result<(), Problem> {
+        let mut record = lock(&self.record);
+        record.size = size;
+        self.ground.state.save(&record)
+    }
+
+    /// What the kernel tells the users of the block device. It can be less than the volume has:
+    /// when an earlier growth failed half-way, or the backing grew while nobody served.
+    fn shown(&self) -> Option<VolumeSize> {
+        let kernel = lock(&self.record).front.kernel_name()?;
+        let file = self.ground.roots.sys.join("class/block").join(kernel).join("size");
+        let sectors: u64 = fs::read_to_string(file).ok()?.trim().parse().ok()?;
+        VolumeSize::new(sectors.checked_mul(SECTOR)?).ok()
+    }
+}

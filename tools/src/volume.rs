@@ -1,0 +1,67 @@
+//! `farshore volume`: changes to a protected volume in use.
+
+use clap::Subcommand;
+use farshore_extent::VolumeName;
+
+use crate::args::{Global, volume_name};
+use crate::exit::{Exit, Failure};
+use crate::output::Out;
+use crate::rpc;
+use crate::units;
+
+/// Version of the document.
+const SCHEMA: &str = "farshore.volume/1";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Take over the larger size that its disk or image file has got, while it is in use
+    Grow {
+        /// Which volume
+        #[arg(value_parser = volume_name)]
+        name: VolumeName,
+    },
+}
+
+/// `farshore volume`.
+pub fn run(command: &VolumeCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    let VolumeCommand::Grow { name } = command;
+    let grown = rpc::filterd(&global.paths())?.grow(name.clone(), global.dry_run)?;
+    if out.json {
+        out.document(SCHEMA, if global.dry_run { "would_grow" } else { "grown" }, &grown);
+        return Ok(Exit::Ok);
+    }
+    let (from, to) = (units::bytes(grown.from.get()), units::bytes(grown.to.get()));
+    if grown.from == grown.to {
+        out.line(format!("{name} has all of its disk already: {to}"));
+    } else if global.dry_run {
+        out.line(format!("ready: {name} can grow from {from} to {to}; nothing was changed"));
+    } else {
+        out.line(format!("{name} has grown from {from} to {to}"));
+        out.hint(
+            "a new part that is not empty is copied before points are cut again: farshore status",
+        );
+        out.hint("enlarge what is on it now: resize2fs, xfs_growfs, btrfs filesystem resize");
+    }
+    Ok(Exit::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use farshore_blkfilter::control::Grown;
+    use farshore_extent::{VolumeId, VolumeSize};
+
+    use super::*;
+
+    #[test]
+    fn a_grown_volume_as_json_is_a_contract() {
+        let grown = Grown {
+            volume: VolumeId::from_bytes([7; 16]),
+            name: VolumeName::new("pgdata").unwrap(),
+            from: VolumeSize::new(16 << 20).unwrap(),
+            to: VolumeSize::new(24 << 20).unwrap(),
+        };
+        let document = crate::output::document(SCHEMA, "grown", &grown);
+        crate::status::golden::same("volume.json", &document);
+    }
+}

@@ -28,10 +28,7 @@ pub const NEWEST_GROUP: Group = Group {
     name: "newest_grow",
     kernel: NEWEST,
     soak: true,
-    cases: case_list![
-        a_file_system_in_use_grows_on_ublk,
-        a_file_system_in_use_grows_on_kernel_nbd,
-    ],
+    cases: case_list![a_file_system_in_use_grows_on_ublk, a_file_system_in_use_grows_on_kernel_nbd,],
     ..GROUP
 };
 

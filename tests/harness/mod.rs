@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -190,12 +190,15 @@ impl Site {
 
     /// Starts a role; its log goes to ROLE.log in the site's folder.
     pub fn start(&self, role: &'static str, args: &[&str]) -> Daemon {
+        self.start_with(role, self.command(args))
+    }
+
+    fn start_with(&self, role: &'static str, mut command: Command) -> Daemon {
         let log = File::options()
             .create(true)
             .append(true)
             .open(self.root().join(format!("{role}.log")))
             .expect("log file");
-        let mut command = self.command(args);
         command.stdout(log.try_clone().expect("log")).stderr(log).process_group(0);
         let child = command.spawn().expect("farshore can be started");
         Daemon { role, child }
@@ -214,11 +217,20 @@ impl Site {
         self.start("agent", &["agent"])
     }
 
+    /// Returns when it says that it is ready, as it says to systemd.
     pub fn start_filterd(&self) -> Daemon {
-        let mut daemon = self.start("filterd", &["filterd"]);
-        wait_for("filterd's control socket", Duration::from_secs(60), || {
+        let path = self.root().join("ready.sock");
+        std::fs::remove_file(&path).ok();
+        let ready = UnixDatagram::bind(&path).expect("a socket to be told");
+        ready.set_nonblocking(true).expect("socket");
+        let mut command = self.command(&["filterd"]);
+        command.env("NOTIFY_SOCKET", &path);
+        let mut daemon = self.start_with("filterd", command);
+        wait_for("filterd to be ready", Duration::from_secs(90), || {
             assert!(daemon.is_alive(), "filterd ended\n{}", self.logs());
-            UnixStream::connect(self.paths.filterd_socket()).ok()
+            let mut text = [0; 256];
+            let len = ready.recv(&mut text).ok()?;
+            text[..len].starts_with(b"READY=1").then_some(())
         });
         daemon
     }

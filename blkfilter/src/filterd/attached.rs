@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use farshore_extent::{CaptureOrder, Problem, VolumeId};
+use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName};
 
 use super::config::Config;
 use super::filtering::{Filtering, Lingering};
@@ -14,7 +14,7 @@ use super::problem;
 use super::serving::{NotRemoved, NotStarted, Serving};
 use super::state::{Front, StateDir, VolumeRecord, VolumeState, start_of};
 use crate::backing::{Backing, Mode};
-use crate::control::{CopyProgress, VolumeInfo, VolumeStatus};
+use crate::control::{AttachKind, CopyProgress, VolumeInfo, VolumeStatus};
 use crate::core::Attach;
 use crate::filter::{CopyLoop, FilterConfig, Host};
 use crate::frontend::users::Users;
@@ -53,6 +53,36 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner) // plain data
 }
 
+impl Ground {
+    /// A block device with a number that nobody has, from now on one of ours. Not one of `others`.
+    pub(super) fn free_front(
+        &self,
+        name: &VolumeName,
+        kind: AttachKind,
+        mut others: Vec<Front>,
+    ) -> Result<Front, Problem> {
+        let failed = |why: String| problem::no_device(name, kind, why);
+        loop {
+            let free = Front::free(kind, &others).map_err(failed)?;
+            let free = free.ok_or_else(|| failed("every number is taken".into()))?;
+            // Somebody else may be at it at this moment.
+            if free.kernel_name().is_none_or(|kernel| self.own.add(kernel)) {
+                return Ok(free);
+            }
+            others.push(free);
+        }
+    }
+
+    /// From now on the device `kernel` is not the volume's.
+    fn give_up(&self, kernel: &str, record: &VolumeRecord) {
+        let mut announced = self.names.announced().into_iter();
+        if announced.any(|a| a.kernel == kernel && a.volume == record.volume) {
+            self.names.withdraw(kernel, record.name.as_str());
+        }
+        self.own.remove(kernel);
+    }
+}
+
 /// Starts the front end on record. A number that somebody else has taken meanwhile is replaced: the
 /// stable name stays.
 fn start_serving(
@@ -64,31 +94,46 @@ fn start_serving(
     let mut tried = Vec::new();
     loop {
         let kernel = record.front.kernel_name();
-        if let Some(kernel) = &kernel {
-            ground.own.add(kernel.clone());
-            let announced = ground.names.announce(kernel, &record.name, record.volume);
-            announced.map_err(|e| problem::socket(&ground.config.run, &e))?;
-        }
-        let started = Serving::start(Arc::clone(device), record, ground.config.queues);
-        let error = match started {
+        let error = match serve_as(ground, device, record) {
             Ok(serving) => return Ok(serving),
             Err(error) => error,
         };
         if let Some(kernel) = kernel.filter(|_| !known || matches!(error, NotStarted::Taken)) {
-            ground.names.withdraw(&kernel, record.name.as_str());
-            ground.own.remove(&kernel);
+            ground.give_up(&kernel, record);
         }
         if let NotStarted::Failed(problem) = error {
             return Err(problem);
         }
         tried.push(record.front.clone());
-        let free = Front::free(record.front.kind(), &tried).filter(|_| tried.len() < MAX_TRIES);
-        let taken = || problem::no_device(&record.name, record.front.kind(), "its number is taken");
-        let free = free.ok_or_else(taken)?;
+        if tried.len() >= MAX_TRIES {
+            let why = "its number is taken";
+            return Err(problem::no_device(&record.name, record.front.kind(), why));
+        }
+        let free = ground.free_front(&record.name, record.front.kind(), tried.clone())?;
         tracing::warn!(volume = %record.name, from = ?record.front, to = ?free, "its number is taken");
         record.front = free;
         ground.state.save(record)?;
     }
+}
+
+/// Tries the number on record. It is announced as ours only when nobody else has it: udev would give
+/// the volume's names to another's device.
+fn serve_as(
+    ground: &Ground,
+    device: &Arc<dyn crate::device::Device>,
+    record: &VolumeRecord,
+) -> Result<Serving, NotStarted> {
+    let failed = |why| problem::no_device(&record.name, record.front.kind(), why);
+    let foreign = record.front.is_foreign(record.volume);
+    if foreign.map_err(|why| NotStarted::Failed(failed(why)))? {
+        return Err(NotStarted::Taken);
+    }
+    if let Some(kernel) = record.front.kernel_name() {
+        ground.own.add(kernel.clone());
+        let announced = ground.names.announce(&kernel, &record.name, record.volume);
+        announced.map_err(|e| NotStarted::Failed(problem::socket(&ground.config.run, &e)))?;
+    }
+    Serving::start(Arc::clone(device), record, ground.config.queues)
 }
 
 /// Opens the backing of a new volume and fills in what only it knows.
@@ -247,7 +292,8 @@ impl Attached {
 
     /// Why its front end has ended by itself.
     pub(super) fn failed(&self) -> Option<String> {
-        lock(&self.serving).as_ref().and_then(Serving::failed)
+        // Whoever has it changes it at this moment: the next look tells.
+        self.serving.try_lock().ok()?.as_ref().and_then(Serving::failed)
     }
 
     /// Who uses its block device.

@@ -1,14 +1,14 @@
 //! Starting and stopping, in order.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use farshore_extent::{Problem, VolumeName};
 
 use super::attached::Ground;
+use super::attaching::Attaching;
 use super::config::Config;
 use super::names::Names;
 use super::namespace::{self, Guard, OwnDevices};
@@ -21,17 +21,16 @@ use crate::durable_fs;
 use crate::filter::Host;
 use crate::preflight::HostRoots;
 use crate::sys::process;
-use crate::sys::wake::{Event, wait_readable};
 
-/// How long a start waits for claims that somebody holds. The kernel finishes the last I/O of a
-/// killed daemon, and its claim ends with that.
-const CLAIM_WAIT: Duration = Duration::from_secs(10);
+/// How long a start goes on without listening, for volumes that are attached soon: whoever asks
+/// finds them all.
+const UNHEARD: Duration = Duration::from_secs(2);
 
-/// Between two looks at a claim.
-const CLAIM_LOOK: Duration = Duration::from_millis(20);
+/// How long the service manager waits for volumes on record. What takes longer comes later.
+const FIRST_PASS: Duration = Duration::from_secs(60);
 
-/// Between two attempts to attach a volume whose backing was not there.
-const ATTACH_AGAIN: Duration = Duration::from_secs(2);
+/// Between two looks whether the end is wanted before all volumes are attached.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A running daemon. Dropping it is like killing it: nothing is marked clean.
 pub struct Daemon {
@@ -66,7 +65,9 @@ impl Daemon {
         let host = Arc::new(Host::new(epoch, config.limits.clone()));
         let (config, state) = (Arc::new(config), Arc::new(state));
         let own = OwnDevices::default();
-        records.iter().filter_map(|r| r.front.kernel_name()).for_each(|name| own.add(name));
+        for name in records.iter().filter_map(|r| r.front.kernel_name()) {
+            own.add(name);
+        }
         let failed = |e: io::Error| problem::resources("a thread", e);
         let guard = secluded.then(|| Guard::start(own.clone())).transpose().map_err(failed)?;
         let ground = Ground {
@@ -78,14 +79,22 @@ impl Daemon {
             roots: HostRoots::default(),
             lingering: Arc::default(),
         };
-        let service = Arc::new(Service::new(ground, records));
-        service.sweep();
+        let service = Arc::new(Service::new(ground, records).map_err(failed)?);
         let attaching = Attaching::start(&service).map_err(failed)?;
+        let sweeper = Arc::clone(&service);
+        Builder::new().name("sweep".into()).spawn(move || sweeper.sweep()).map_err(failed)?;
+        service.wait_settled(UNHEARD);
         let serve = Arc::clone(&service) as Arc<dyn Serve>;
         let control = Server::bind(&config.control_socket, config.access.clone(), serve)
             .map_err(|e| problem::socket(&config.control_socket, &e))?;
         tracing::info!(%epoch, socket = %config.control_socket.display(), "filterd runs");
         Ok(Self { control, attaching, service, host, _guard: guard })
+    }
+
+    /// Whether every volume on record was tried once; waits for that for at most `limit`.
+    #[must_use]
+    pub fn wait_settled(&self, limit: Duration) -> bool {
+        self.service.wait_settled(limit)
     }
 
     /// Stops in order: clients finish, the agent gets a moment to release everything, what is
@@ -106,55 +115,10 @@ impl Drop for Daemon {
     }
 }
 
-/// Attaches what is on record: at once, and again until it is there; also what ends by itself later.
-#[derive(Debug)]
-struct Attaching {
-    stop: Arc<Event>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Attaching {
-    /// Returns when every volume is attached or is missing for another reason than a claim that
-    /// may end soon.
-    fn start(service: &Arc<Service>) -> io::Result<Self> {
-        let stop = Arc::new(Event::new()?);
-        let until = Instant::now() + CLAIM_WAIT;
-        let mut absent = service.attach_missing();
-        while absent.claimed > 0 && Instant::now() < until {
-            wait_readable(&[(*stop).as_fd()], Some(CLAIM_LOOK))?;
-            absent = service.attach_missing();
-        }
-        let (service, stopped) = (Arc::clone(service), Arc::clone(&stop));
-        let again = move || {
-            while wait_readable(&[(*stopped).as_fd()], Some(ATTACH_AGAIN))
-                .is_ok_and(|stopped| stopped == [false])
-            {
-                if service.heal() {
-                    service.attach_missing();
-                }
-            }
-        };
-        Ok(Self { stop, thread: Some(Builder::new().name("attach".into()).spawn(again)?) })
-    }
-
-    fn stop(&mut self) {
-        self.stop.set();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join(); // a panic there was reported when it happened
-        }
-    }
-}
-
-impl Drop for Attaching {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
 /// Where a running daemon is, for the service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// It answers, and every volume that can be is attached.
+    /// It answers, and every volume that can be soon is attached.
     Ready,
     /// It was asked to stop.
     Stopping,
@@ -166,6 +130,9 @@ pub enum Phase {
 /// As [`Daemon::start`].
 pub fn run(config: Config, shutdown: &Shutdown, tell: impl Fn(Phase)) -> Result<(), Problem> {
     let daemon = Daemon::start(config)?;
+    let until = Instant::now() + FIRST_PASS;
+    let asked = || shutdown.wait(Some(Duration::ZERO)).unwrap_or(true);
+    while !daemon.wait_settled(LOOK) && Instant::now() < until && !asked() {}
     tell(Phase::Ready);
     if let Err(error) = shutdown.wait(None) {
         tracing::error!(%error, "cannot wait for a signal, stopping");

@@ -5,6 +5,7 @@
 //! everything captured is durable at the target and the backing was flushed.
 
 mod attached;
+mod attaching;
 mod choice;
 mod config;
 mod daemon;
@@ -19,6 +20,7 @@ mod shutdown;
 mod state;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use config::Config;
 pub use daemon::{Daemon, Phase, run};

@@ -40,9 +40,9 @@ impl OwnDevices {
         self.0.lock().unwrap_or_else(PoisonError::into_inner) // plain data
     }
 
-    /// To be called before the device can be mounted.
-    pub(super) fn add(&self, name: String) {
-        self.lock().insert(name);
+    /// To be called before the device can be mounted. False: it is one of ours already.
+    pub(super) fn add(&self, name: String) -> bool {
+        self.lock().insert(name)
     }
 
     pub(super) fn remove(&self, name: &str) {

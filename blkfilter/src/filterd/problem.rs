@@ -145,6 +145,16 @@ pub(super) fn busy(name: &VolumeName) -> Problem {
     .with_risk("the volume refuses new clients; what was captured stays with filterd")
 }
 
+pub(super) fn in_change(name: &VolumeName) -> Problem {
+    Problem::harmless(
+        2049,
+        format!("{name} is being attached or taken away at this moment"),
+        "its disk or a driver takes long to answer",
+        "try again in a minute; when it stays so, look at the kernel's log for errors of the disk",
+    )
+    .with_risk("none for other volumes: they are not held up")
+}
+
 pub(super) fn bad_pool(bytes: u64) -> Problem {
     Problem::harmless(
         2038,

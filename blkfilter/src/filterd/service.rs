@@ -1,17 +1,20 @@
 //! What the control socket asks for, done.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farshore_extent::{CaptureOrder, Code, Problem, VolumeId, VolumeName};
+use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName};
 
 use super::attached::{Attached, Ground, open};
+use super::attaching::Missing;
 use super::choice::{Impossible, choose};
 use super::problem;
 use super::state::{Front, VolumeRecord, VolumeState};
+use super::turns::Turns;
 use crate::control::server::{Response, Serve};
 use crate::control::{
     AttachKind, Grown, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request,
@@ -21,6 +24,7 @@ use crate::core::MarkerSpec;
 use crate::filter::FetchWait;
 use crate::frontend::users::Users;
 use crate::preflight::{OwnPlaces, Running, hints, preflight};
+use crate::sys::wake::Event;
 
 /// Longest wait of one Fetch, so that a client that went away is noticed.
 const MAX_IDLE: Duration = Duration::from_secs(60);
@@ -34,112 +38,45 @@ const POOL_SIZES: std::ops::RangeInclusive<u64> = 8 << 20..=64 << 30;
 /// How long udev and its like may look at a device that is to go away.
 const PASSING: Duration = Duration::from_secs(3);
 
-/// Somebody else holds the exclusive claim on the backing.
-const CLAIMED: Code = Code(4016);
-
 /// The daemon's volumes.
 pub(super) struct Service {
-    ground: Ground,
-    volumes: Mutex<BTreeMap<VolumeName, Arc<Attached>>>,
+    pub(super) ground: Ground,
+    pub(super) volumes: Mutex<BTreeMap<VolumeName, Arc<Attached>>>,
     /// On record, but not attached.
-    missing: Mutex<Vec<Missing>>,
-    /// Held while volumes come or go; opening devices takes time.
-    changing: Mutex<()>,
-    stopping: AtomicBool,
+    pub(super) missing: Mutex<Vec<Missing>>,
+    /// Goes with `missing`: an attempt has ended.
+    pub(super) attempted: Condvar,
+    /// Of those who make volumes come or go. The two locks above are held for a moment only.
+    pub(super) turns: Arc<Turns>,
+    /// Set when whoever attaches has something to do.
+    pub(super) news: Event,
+    pub(super) started: Instant,
+    pub(super) stopping: AtomicBool,
 }
 
-/// A volume on record that is not attached.
-#[derive(Debug)]
-struct Missing {
-    record: VolumeRecord,
-    /// The reason that was logged last.
-    told: Option<Code>,
-}
-
-/// How many volumes on record are not attached.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Absent {
-    pub(super) volumes: usize,
-    /// Of these, because somebody holds the claim: at a start most often the kernel, which
-    /// finishes the last I/O of a killed daemon.
-    pub(super) claimed: usize,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner) // plain data
 }
 
 impl Service {
     /// A service that knows the volumes on record and has attached none.
-    pub(super) fn new(ground: Ground, records: Vec<VolumeRecord>) -> Self {
-        let missing = records.into_iter().map(|record| Missing { record, told: None }).collect();
-        Self {
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub(super) fn new(ground: Ground, records: Vec<VolumeRecord>) -> io::Result<Self> {
+        Ok(Self {
             ground,
             volumes: Mutex::new(BTreeMap::new()),
-            missing: Mutex::new(missing),
-            changing: Mutex::new(()),
+            missing: Mutex::new(records.into_iter().map(Missing::new).collect()),
+            attempted: Condvar::new(),
+            turns: Arc::default(),
+            news: Event::new()?,
+            started: Instant::now(),
             stopping: AtomicBool::new(false),
-        }
+        })
     }
 
-    /// Attaches every volume on record that can be. The reason why one cannot is logged when it is
-    /// new.
-    pub(super) fn attach_missing(&self) -> Absent {
-        let _changing = lock(&self.changing);
-        let known: Vec<VolumeRecord> =
-            lock(&self.missing).iter().map(|m| m.record.clone()).collect();
-        let mut absent = Absent::default();
-        for record in known {
-            if self.stopping.load(Ordering::Acquire) {
-                break;
-            }
-            let id = record.volume;
-            match self.attach_known(record) {
-                Ok(attached) => {
-                    lock(&self.missing).retain(|m| m.record.volume != id);
-                    lock(&self.volumes).insert(attached.info.name.clone(), attached);
-                }
-                Err(problem) => {
-                    absent.volumes += 1;
-                    absent.claimed += usize::from(problem.code == CLAIMED);
-                    let mut missing = lock(&self.missing);
-                    let entry = missing.iter_mut().find(|m| m.record.volume == id);
-                    if let Some(entry) = entry.filter(|m| m.told != Some(problem.code)) {
-                        entry.told = Some(problem.code);
-                        let (why, next) = (&problem.why, &problem.next);
-                        let name = &entry.record.name;
-                        if problem.code == CLAIMED {
-                            tracing::info!(volume = %name, %problem, "waiting for the claim");
-                            continue;
-                        }
-                        tracing::error!(volume = %name, %problem, why, next, "not attached");
-                    }
-                }
-            }
-        }
-        absent
-    }
-
-    /// While the daemon was away the backing may have been mounted or taken by others.
-    fn attach_known(&self, record: VolumeRecord) -> Result<Arc<Attached>, Problem> {
-        let request = ProtectRequest {
-            name: record.name.clone(),
-            backing: record.backing.clone(),
-            attach: Some(record.front.kind()),
-            nbd_socket: record.front.socket(),
-            pool_bytes: Some(record.pool_bytes),
-            point_interval_ms: record.point_interval_ms,
-        };
-        if let Some(problem) = self.obstacles(&request).into_iter().next() {
-            return Err(problem);
-        }
-        // Before anything is written: a clean volume stays clean while its driver is missing.
-        let possible = choose(request.attach);
-        possible.map_err(|e| problem::impossible(&record.backing, e.kind, e.why))?;
-        Attached::attach(&self.ground, open(&record.backing)?, record, true)
-    }
-
-    fn all(&self) -> Vec<Arc<Attached>> {
+    pub(super) fn all(&self) -> Vec<Arc<Attached>> {
         lock(&self.volumes).values().cloned().collect()
     }
 
@@ -175,7 +112,7 @@ impl Service {
     }
 
     /// Everything that stands in the way, except of the way of attaching.
-    fn obstacles(&self, request: &ProtectRequest) -> Vec<Problem> {
+    pub(super) fn obstacles(&self, request: &ProtectRequest) -> Vec<Problem> {
         let running = |v: Arc<Attached>| Running {
             name: v.info.name.clone(),
             backing: v.info.backing.clone(),
@@ -201,10 +138,7 @@ impl Service {
     }
 
     fn protect(&self, request: &ProtectRequest) -> Result<VolumeInfo, Problem> {
-        let _changing = lock(&self.changing);
-        if self.stopping.load(Ordering::Acquire) {
-            return Err(problem::stopping());
-        }
+        let _turn = self.turn(&request.name)?;
         let Readiness { problems, attach, .. } = self.preflight(request);
         if let Some(problem) = problems.into_iter().next() {
             return Err(problem);
@@ -227,16 +161,19 @@ impl Service {
             epoch: self.ground.host.epoch(),
             state: known.as_ref().map_or(VolumeState::Dirty, |r| r.state.clone()),
         };
-        let (id, is_new) = (record.volume, known.is_none());
+        let (id, is_new, kernel) = (record.volume, known.is_none(), record.front.kernel_name());
         let attached =
             Attached::attach(&self.ground, backing, record, !is_new).inspect_err(|_| {
-                if is_new && let Err(problem) = self.ground.state.remove(id) {
+                if !is_new {
+                    return;
+                }
+                kernel.iter().for_each(|kernel| self.ground.own.remove(kernel));
+                if let Err(problem) = self.ground.state.remove(id) {
                     tracing::error!(%problem, "the record of a volume that failed stays behind");
                 }
             })?;
         let info = attached.info.clone();
-        lock(&self.missing).retain(|m| m.record.volume != id);
-        lock(&self.volumes).insert(info.name.clone(), attached);
+        self.enter(attached);
         Ok(info)
     }
 
@@ -255,15 +192,11 @@ impl Service {
         }
         let mut others: Vec<Front> = self.all().iter().map(|v| v.record().front).collect();
         others.extend(lock(&self.missing).iter().map(|m| m.record.front.clone()));
-        let none = || problem::no_device(&request.name, kind, "every number is taken");
-        Front::free(kind, &others).ok_or_else(none)
+        self.ground.free_front(&request.name, kind, others)
     }
 
     fn unprotect(&self, name: &VolumeName, force: bool) -> Result<(), Problem> {
-        let _changing = lock(&self.changing);
-        if self.stopping.load(Ordering::Acquire) {
-            return Err(problem::stopping());
-        }
+        let _turn = self.turn(name)?;
         if let Some(record) = self.missing_named(name) {
             let id = record.volume;
             self.remove_left(&record.front, name.as_str(), id)?;
@@ -294,33 +227,18 @@ impl Service {
     }
 
     fn grow(&self, name: &VolumeName, dry_run: bool) -> Result<Grown, Problem> {
-        let _changing = lock(&self.changing);
-        self.refuse_while_stopping()?;
+        let _turn = self.turn(name)?;
         let volume = lock(&self.volumes).get(name).cloned();
         volume.ok_or_else(|| problem::no_such_volume(name))?.grow(dry_run)
     }
 
     /// Lets a volume go whose front end has ended although it should not have. The attach thread
     /// takes it up again.
-    fn put_aside(&self, volume: &Arc<Attached>) {
+    pub(super) fn put_aside(&self, volume: &Arc<Attached>) {
         volume.let_go();
         lock(&self.volumes).remove(&volume.info.name);
-        lock(&self.missing).push(Missing { record: volume.record(), told: None });
-    }
-
-    /// Takes up again the volumes whose front ends have ended by themselves. Returns whether any
-    /// volume on record is not attached now.
-    pub(super) fn heal(&self) -> bool {
-        let _changing = lock(&self.changing);
-        self.ground.lingering.sweep();
-        for volume in self.all() {
-            if let Some(why) = volume.failed() {
-                tracing::error!(volume = %volume.info.name, why, "its device has stopped; again");
-                volume.stop_serving(self.ground.config.client_grace);
-                self.put_aside(&volume);
-            }
-        }
-        !lock(&self.missing).is_empty()
+        lock(&self.missing).push(Missing::new(volume.record()));
+        self.news.set();
     }
 
     /// Removes block devices of volumes that are not on record any more.
@@ -359,7 +277,7 @@ impl Service {
 
     /// A record that comes during a stop would be one that the target does not have: the volume
     /// could not be marked clean.
-    fn refuse_while_stopping(&self) -> Result<(), Problem> {
+    pub(super) fn refuse_while_stopping(&self) -> Result<(), Problem> {
         if self.stopping.load(Ordering::Acquire) { Err(problem::stopping()) } else { Ok(()) }
     }
 
@@ -390,12 +308,12 @@ impl Service {
 
     /// Stops serving and copying, then waits until the agent has released what it can.
     pub(super) fn quiesce(&self) {
-        {
-            let _changing = lock(&self.changing);
-            self.stopping.store(true, Ordering::Release);
-        }
+        self.stopping.store(true, Ordering::Release);
         let config = &self.ground.config;
         let deadline = Instant::now() + config.client_grace;
+        if !self.turns.wait_all(config.client_grace) {
+            tracing::warn!("a disk or a driver does not answer; going on without its volume");
+        }
         for volume in self.all() {
             volume.stop_serving(deadline.saturating_duration_since(Instant::now()));
         }

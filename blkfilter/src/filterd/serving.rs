@@ -229,19 +229,47 @@ impl Front {
         ublk.or_else(|| number("nbd").map(|number| Self::Nbd { number }))
     }
 
+    /// Whether the block device of this number belongs to somebody else than `volume`.
+    ///
+    /// # Errors
+    /// Nobody knows, and why.
+    pub(super) fn is_foreign(&self, volume: VolumeId) -> Result<bool, String> {
+        match self {
+            Self::Ublk { number } => {
+                let found = ublk::owner(*number).map_err(|e| e.to_string())?;
+                Ok(found.is_some_and(|found| found != owner(volume)))
+            }
+            Self::Nbd { number } => {
+                let found = kernel_nbd::look(*number).map_err(|e| e.to_string())?;
+                let ours = volume.to_string();
+                Ok(found.is_some_and(|found| found.identifier.as_ref() != Some(&ours)))
+            }
+            Self::Socket { .. } => Ok(false),
+        }
+    }
+
     /// A block device of this kind with a number that nobody uses and that is not in `others`.
-    pub(super) fn free(kind: AttachKind, others: &[Self]) -> Option<Self> {
-        let numbered = |number| match kind {
-            AttachKind::Ublk => Some(Self::Ublk { number }),
-            AttachKind::Nbd => Some(Self::Nbd { number }),
-            AttachKind::Socket => None,
-        };
-        let is_free = |front: &Self| match front {
-            Self::Ublk { number } => !matches!(ublk::existing(*number), Ok(Some(_))),
-            Self::Nbd { number } => kernel_nbd::existing(*number).is_none(),
-            Self::Socket { .. } => false,
-        };
-        (0..).map_while(numbered).find(|front| !others.contains(front) && is_free(front))
+    ///
+    /// # Errors
+    /// The kernel does not say who uses one. That is no reason to take it.
+    pub(super) fn free(kind: AttachKind, others: &[Self]) -> Result<Option<Self>, String> {
+        for number in 0.. {
+            let (front, is_free) = match kind {
+                AttachKind::Ublk => {
+                    let owner = ublk::owner(number).map_err(|e| e.to_string());
+                    (Self::Ublk { number }, owner.map(|owner| owner.is_none()))
+                }
+                AttachKind::Nbd => {
+                    let found = kernel_nbd::look(number).map_err(|e| e.to_string());
+                    (Self::Nbd { number }, found.map(|found| found.is_none()))
+                }
+                AttachKind::Socket => return Ok(None),
+            };
+            if !others.contains(&front) && is_free? {
+                return Ok(Some(front));
+            }
+        }
+        Ok(None)
     }
 
     /// Removes the block device of `volume` that an earlier filterd left in the kernel. Returns
@@ -286,5 +314,11 @@ mod tests {
         let (a, b) = (VolumeId::random(), VolumeId::random());
         assert_ne!(owner(a), owner(b));
         assert_eq!(owner(a), owner(a));
+    }
+
+    #[test]
+    fn a_number_is_free_only_when_the_driver_says_so() {
+        let free = Front::free(AttachKind::Ublk, &[]);
+        assert_eq!(free.is_ok(), ublk::features().is_ok(), "{free:?}");
     }
 }

@@ -11,7 +11,10 @@ use super::attached::{Attached, Ground, open};
 use super::config::Config;
 use super::names::Names;
 use super::namespace::OwnDevices;
+use super::service::Service;
 use super::state::{Front, StateDir, VolumeRecord, VolumeState};
+use crate::control::server::Serve;
+use crate::control::{AttachKind, Reply, Request};
 use crate::device::Device;
 use crate::filter::Host;
 use crate::preflight::HostRoots;
@@ -136,4 +139,71 @@ fn a_volume_is_not_marked_clean_while_somebody_is_still_at_it() {
     assert!(attached.is_at_rest(LIMIT));
     assert!(attached.mark_clean().unwrap());
     assert!(matches!(stored(), VolumeState::Clean { .. }));
+}
+
+fn service(world: &World, names: &[&str]) -> (Arc<Service>, Vec<VolumeRecord>) {
+    let records: Vec<VolumeRecord> = names.iter().map(|name| world.record(name)).collect();
+    let service = Service::new(world.ground.clone(), records.clone()).unwrap();
+    (Arc::new(service), records)
+}
+
+fn listed(service: &Service) -> Vec<String> {
+    let Reply::Volumes(volumes) = service.serve(Request::List).unwrap().reply else {
+        panic!("another answer")
+    };
+    volumes.into_iter().map(|v| v.info.name.to_string()).collect()
+}
+
+#[test]
+fn a_volume_that_hangs_holds_up_no_other_and_no_answer() {
+    let world = World::new();
+    let (service, records) = service(&world, &["a", "hangs", "z"]);
+    // What a thread has whose disk does not answer.
+    let hanging = service.turns.take(&records[1].name, Duration::ZERO).unwrap();
+    service.attach_missing();
+    wait("the others", || listed(&service) == ["a", "z"]);
+    assert!(!service.wait_settled(Duration::ZERO), "one was not tried yet");
+    let other = records[2].name.clone();
+    service.serve(Request::Unprotect { name: other, force: false }).unwrap();
+    assert_eq!(listed(&service), ["a"]);
+    drop(hanging);
+    service.attach_missing();
+    assert!(service.wait_settled(LIMIT));
+    assert_eq!(listed(&service), ["a", "hangs"]);
+    service.quiesce();
+    assert_eq!(service.finish().len(), 2, "nobody has made them durable");
+}
+
+#[test]
+fn volumes_whose_users_wait_come_first() {
+    let world = World::new();
+    let (service, records) = service(&world, &["a", "b", "c"]);
+    let left = &records[2];
+    world.ground.names.announce("ublkb7", &left.name, left.volume).unwrap();
+    let due: Vec<String> = service.due().into_iter().map(|(_, name)| name.to_string()).collect();
+    assert_eq!(due, ["c", "a", "b"]);
+}
+
+#[test]
+fn a_stop_waits_for_no_disk_that_hangs_and_what_comes_late_is_not_served() {
+    let mut world = World::new();
+    let mut config = (*world.ground.config).clone();
+    (config.client_grace, config.release_grace) = (Duration::ZERO, Duration::ZERO);
+    world.ground.config = Arc::new(config);
+    let (service, records) = service(&world, &["late"]);
+    let _hanging = service.turns.take(&records[0].name, Duration::ZERO).unwrap();
+    service.quiesce();
+    let late = world.attach(&records[0]).unwrap();
+    service.enter(Arc::clone(&late));
+    assert!(!late.is_served() && listed(&service).is_empty());
+    assert_eq!(service.finish(), []);
+    assert_eq!(world.ground.state.volumes().unwrap().0[0].state, VolumeState::Dirty);
+}
+
+#[test]
+fn two_who_ask_for_a_free_number_get_different_ones() {
+    let world = World::new();
+    let name = VolumeName::new("disk").unwrap();
+    let free = || world.ground.free_front(&name, AttachKind::Nbd, vec![]).unwrap();
+    assert_ne!(free(), free());
 }

@@ -255,7 +255,9 @@ fn a_device_whose_volume_is_gone_is_removed_at_the_next_start(way: Way) {
     }
     let filterd = site.start_filterd();
     assert!(exists_in_kernel(&kernel), "it is still open: it stays, and the log says why");
-    assert!(site.logs().contains("FS-2036"), "{}", site.logs());
+    wait_for("the log to say why", Duration::from_secs(60), || {
+        site.logs().contains("FS-2036").then_some(())
+    });
     drop(open);
     filterd.kill();
     let _filterd = site.start_filterd();

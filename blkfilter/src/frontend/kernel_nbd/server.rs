@@ -53,15 +53,23 @@ pub fn available() -> Result<Support, Unavailable> {
     Ok(Support { max_part: client.sysfs.max_part().unwrap_or(0) })
 }
 
-/// The attached device `number`; `None` when it is free.
+/// The attached device `number`; `None` when there is none that can be seen.
 #[must_use]
 pub fn existing(number: u32) -> Option<Existing> {
+    look(number).ok().flatten()
+}
+
+/// The attached device `number`; `None` when it is free.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn look(number: u32) -> std::io::Result<Option<Existing>> {
     let sysfs = super::sysfs::Sysfs::default();
-    sysfs.is_configured(number).then(|| Existing {
+    Ok(sysfs.try_configured(number)?.then(|| Existing {
         number,
         identifier: sysfs.identifier(number),
         owner: sysfs.owner(number),
-    })
+    }))
 }
 
 /// Disconnects the device `number` if it is `identifier`'s; its users get errors. Only when no

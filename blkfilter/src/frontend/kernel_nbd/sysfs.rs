@@ -47,8 +47,16 @@ impl Sysfs {
     }
 
     /// Whether the device is attached, or disconnected but still open: it then has a `pid`.
+    ///
+    /// # Errors
+    /// Of looking.
+    pub fn try_configured(&self, number: u32) -> io::Result<bool> {
+        self.device(number).join("pid").try_exists()
+    }
+
+    /// The same for devices that are known to be ours.
     pub fn is_configured(&self, number: u32) -> bool {
-        self.device(number).join("pid").exists()
+        self.try_configured(number).unwrap_or(false)
     }
 
     /// Our identifier of an attached device; `None` when it is not ours.

@@ -86,6 +86,15 @@ pub fn existing(number: u32) -> Result<Option<DeviceState>, UblkError> {
     Ok(Some(DeviceState::of(&info, size)))
 }
 
+/// The word that the maker of device `number` left with the driver; none: there is no such device.
+/// Answered also while the device is being started, stopped or taken over.
+///
+/// # Errors
+/// As [`existing`].
+pub fn owner(number: u32) -> Result<Option<u64>, UblkError> {
+    Ok(driver::info(number, LIMIT)?.map(|info| info.owner))
+}
+
 /// What [`Server::start`](super::Server::start) does about a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {

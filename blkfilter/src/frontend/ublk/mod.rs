@@ -35,6 +35,6 @@ mod server;
 mod worker;
 
 pub use error::UblkError;
-pub use existing::{DeviceState, State, existing};
+pub use existing::{DeviceState, State, existing, owner};
 pub use features::{Features, Unavailable, features};
 pub use server::{Config, Server, remove_stale};

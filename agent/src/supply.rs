@@ -238,6 +238,11 @@ impl<D: SpoolDisk> Supply<D> {
         let next = self.recent.front().filter(|r| r.written.is_none()).map(|r| &r.batch.header);
         if next.is_some_and(|h| spool.end().is_some_and(|end| end != Border::before(h))) {
             spool.clear();
+            if spool.end().is_some() {
+                // Nothing may follow it that does not.
+                let stays = io::Error::other("an old segment of the spool cannot be removed");
+                return Err(self.failed(stays));
+            }
         }
         for recent in self.recent.iter_mut().filter(|r| r.written.is_none()) {
             match spool.append(&recent.batch) {

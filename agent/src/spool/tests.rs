@@ -4,6 +4,9 @@ use farshore_changelog::{BatchBuilder, BatchContext, Record, RecordBody};
 use farshore_extent::{Epoch, Extent, Seq};
 
 use super::*;
+use crate::batch::FeedOptions;
+use crate::session::Resume;
+use crate::supply::{Pressure, Supply};
 
 fn owner() -> SpoolOwner {
     SpoolOwner {
@@ -117,4 +120,68 @@ fn what_the_target_has_is_removed_and_an_empty_spool_begins_anew() {
     spool.trim(written[8].header.last());
     assert_eq!((spool.bytes(), spool.end()), (0, None));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// Keeps every segment: a folder that became read-only, or a file that nobody may remove.
+struct Stubborn(FolderDisk);
+
+impl SpoolDisk for Stubborn {
+    fn list(&self) -> io::Result<Vec<SegmentId>> {
+        self.0.list()
+    }
+
+    fn create(&mut self, id: SegmentId) -> io::Result<()> {
+        self.0.create(id)
+    }
+
+    fn write_at(&mut self, id: SegmentId, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_at(id, at, bytes)
+    }
+
+    fn read_at(&mut self, id: SegmentId, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read_at(id, at, buf)
+    }
+
+    fn sync(&mut self, id: SegmentId) -> io::Result<()> {
+        self.0.sync(id)
+    }
+
+    fn delete(&mut self, _: SegmentId) -> io::Result<()> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    fn len(&mut self, id: SegmentId) -> io::Result<u64> {
+        self.0.len(id)
+    }
+}
+
+#[test]
+fn nothing_is_spooled_behind_an_old_segment_that_cannot_be_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut old = open(dir.path());
+    fill(&mut old, 1);
+    old.sync().unwrap();
+    drop(old);
+    let disk = Stubborn(FolderDisk::new(dir.path()).unwrap());
+    let spool = Spool::open(disk, owner(), SpoolFaults::default()).unwrap();
+    let kept = spool.end().unwrap();
+
+    let mut supply = Supply::new(owner().volume, FeedOptions::default(), None, spool.faults);
+    let Border { after, chain, generation } =
+        Border { after: Lsn::new(Epoch::new(1), Seq::new(40)), ..origin() };
+    assert!(!supply.start(Resume { after, chain, generation }, false).unwrap());
+    supply.attach(spool);
+    let away = Pressure {
+        pool_used: 1,
+        pool_bytes: 1,
+        ordered: true,
+        copy_remaining: 0,
+        streaming: false,
+        room: 1 << 20,
+    };
+    supply.decide(&away).unwrap();
+    let refused = supply.push(batch(Border { after, chain, generation }));
+    assert!(refused.is_err() && !supply.is_spooling());
+    assert_eq!(supply.kept(), Some(kept.after), "nothing more is told to be safe");
+    assert!(supply.take().unwrap().is_some(), "the batch is in memory still");
 }

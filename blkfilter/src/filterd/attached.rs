@@ -377,6 +377,7 @@ impl Attached {
     /// Writes CLEAN when everything captured is durable at the target and nobody is left who may
     /// write. Serving must have stopped. Returns whether it is clean.
     pub(super) fn mark_clean(&self) -> Result<bool, Problem> {
+        let mut record = lock(&self.record); // from here on it does not grow
         let Some(core) = self.ground.host.status(self.id()) else { return Ok(false) };
         let quiet = self.is_at_rest(Duration::ZERO) && core.in_flight == 0;
         if !quiet || core.order != CaptureOrder::Ordered || core.captured != core.durable {
@@ -385,7 +386,6 @@ impl Attached {
         let backing = self.filtering.device().backing();
         let identity = backing.sync().and_then(|()| backing.identity());
         let identity = identity.map_err(|e| problem::state(backing.path(), &e))?;
-        let mut record = lock(&self.record);
         record.state = VolumeState::Clean { last: core.captured, identity };
         self.ground.state.save(&record)?;
         Ok(true)

@@ -26,6 +26,7 @@ use farshore_extent::{Extent, Problem, SECTOR, VolumeSize};
 
 use super::attached::{Attached, lock};
 use super::problem;
+use super::state::VolumeState;
 use crate::control::Grown;
 use crate::core::{NewPart, Refused};
 
@@ -53,19 +54,24 @@ impl Attached {
         }
         let hole = Extent::between(had.get(), to.get()).is_none_or(|new| backing.is_hole(new));
         let part = if hole { NewPart::Zero } else { NewPart::Unknown };
-        self.filtering.grow(to, part).map_err(|e| match e {
-            Refused::Shrinks { from, to } => problem::shrunk(name, from, to.get()),
-            other => problem::refused(&other),
-        })?;
-        self.save_size(to)?;
+        self.take_over(to, part)?;
         backing.set_size(to);
         serving.resize(to).map_err(|why| problem::old_size_shown(name, why))?;
         tracing::info!(volume = %name, from = from.get(), to = to.get(), ?part, "grown");
         Ok(grown)
     }
 
-    fn save_size(&self, size: VolumeSize) -> Result<(), Problem> {
+    /// Steps 1 and 2. Under the lock of the record: a stop that goes on without us must not write
+    /// CLEAN between them, nor we a Resize behind its CLEAN.
+    fn take_over(&self, size: VolumeSize, part: NewPart) -> Result<(), Problem> {
         let mut record = lock(&self.record);
+        if record.state != VolumeState::Dirty {
+            return Err(problem::stopping());
+        }
+        self.filtering.grow(size, part).map_err(|e| match e {
+            Refused::Shrinks { from, to } => problem::shrunk(&record.name, from, to.get()),
+            other => problem::refused(&other),
+        })?;
         record.size = size;
         self.ground.state.save(&record)
     }

@@ -194,7 +194,7 @@ impl Bed {
         });
         assert_eq!(lost.device, None, "a path that is not its own any more");
         assert_gone(device);
-        assert!(self.site.logs().contains("code=6608"), "{}", self.site.logs());
+        wait_for("the event", LIMIT, || self.site.logs().contains("code=6608").then_some(()));
         let listed = self.site.cli(&["failover", "list"]);
         assert!(listed.contains("its device is gone"), "{listed}");
         let copy = self.site.fetch_view(&lost, "kept.img");

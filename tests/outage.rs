@@ -186,3 +186,61 @@ fn a_spool_that_cannot_be_written_is_told_and_the_guest_does_not_notice() {
     assert_eq!(stats.errors, 0);
     prove_end(&site, &ledger, &image);
 }
+
+/// The folders of spools.
+fn spools(site: &Site) -> Vec<std::path::PathBuf> {
+    let all = std::fs::read_dir(site.paths.state.join("agent/spool")).into_iter().flatten();
+    all.flatten().map(|entry| entry.path()).collect()
+}
+
+fn move_file(from: &std::path::Path, to: &std::path::Path) {
+    harness::run("mv", &[from.to_str().expect("UTF-8"), to.to_str().expect("UTF-8")]);
+}
+
+/// What was written while the target is away lies in the spool.
+fn fill_the_spool(site: &Site, target: harness::Daemon) {
+    let (_, running) = load(site, 4 * MIB);
+    target.kill();
+    wait_for("something in the spool", LONG, || volume(site).filter(|v| v.spool.bytes > MIB));
+    running.finish().expect("no write failed");
+}
+
+#[test]
+fn a_spool_goes_away_with_its_volume_and_not_with_its_disk() {
+    let site = Site::new();
+    let harness::Daemons { target, filterd, agent: _agent } = site.start_all();
+    let image = protect(&site);
+    fill_the_spool(&site, target);
+    assert!(filterd.stop().success());
+    let away = image.with_extension("away");
+    move_file(&image, &away);
+    let _filterd = site.start_filterd();
+    let gone = |site: &Site| volume(site).is_none().then_some(());
+    wait_for("the agent to see that the volume is not attached", LONG, || gone(&site));
+    // What the thread of the volume still had in hand is written first.
+    pause(Duration::from_secs(3));
+    let [spool] = spools(&site).try_into().expect("one spool");
+    assert!(std::fs::read_dir(&spool).expect("it is there").count() > 0, "{}", site.logs());
+    move_file(&away, &image);
+    wait_for("the volume and its spool", LONG, || volume(&site).filter(|v| v.spool.bytes > 0));
+    site.cli(&["unprotect", "disk", "--yes"]);
+    wait_for("the spool to be removed", LONG, || spools(&site).is_empty().then_some(()));
+    let told = || site.logs().contains("the spool was removed").then_some(());
+    wait_for("the log to tell of it", LONG, told);
+}
+
+#[test]
+fn a_spool_whose_volume_was_unprotected_meanwhile_goes_when_the_agent_starts() {
+    let site = Site::new();
+    let harness::Daemons { target, filterd: _filterd, agent } = site.start_all();
+    protect(&site);
+    site.protect("other", MIB, "1s");
+    fill_the_spool(&site, target);
+    assert!(agent.stop().success());
+    site.cli(&["unprotect", "disk", "--yes"]);
+    let _agent = site.start_agent();
+    let left = || (spools(&site).len() == 1).then_some(());
+    wait_for("the spool of the volume that is gone to be removed", LONG, left);
+    let told = || site.logs().contains("the spool was removed").then_some(());
+    wait_for("the log to tell of it", LONG, told);
+}

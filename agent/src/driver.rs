@@ -1,7 +1,7 @@
 //! Executes what the session core decides: starts and feeds the threads, owns the connection, and
 //! turns everything that happens into events. Decides nothing about the log itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::identity::{Identity, NewKey};
 use crate::intake::{self, Intake};
 use crate::keeper::{Budget, Keeper};
+use crate::leftover::Leftovers;
 use crate::limits::{CHANNEL, LIST_INTERVAL};
 use crate::line::{self, FromFilterd, Line, Purpose};
 use crate::link::{Greeting, Link, LinkConfig, Outbox};
@@ -68,6 +69,7 @@ pub(crate) struct Driver {
     line: Line,
     memory: MemoryFile,
     budget: Arc<Budget>,
+    leftovers: Leftovers,
     points: Points,
     volumes: BTreeMap<VolumeId, VolumeStatus>,
     reporter: Reporter,
@@ -89,7 +91,8 @@ impl Driver {
         let line = Line::spawn(socket.clone(), Box::new(sink));
         let line = line.map_err(|e| problem::file("start the thread for", &socket, &e))?;
         let most = config.spool_max.map(|max| max.bytes());
-        let budget = Budget::new(config.spool_dir(&paths), most, config.spool_percent);
+        let spools = config.spool_dir(&paths);
+        let budget = Budget::new(spools.clone(), most, config.spool_percent);
         let session = Session::new(SessionConfig {
             window_bytes: usize::try_from(config.window.bytes()).unwrap_or(usize::MAX),
             retry: config.retry,
@@ -98,6 +101,7 @@ impl Driver {
         Ok(Self {
             memory: MemoryFile::load(&paths)?,
             budget: Arc::new(budget),
+            leftovers: Leftovers::below(spools),
             paths,
             config,
             identity,
@@ -183,7 +187,10 @@ impl Driver {
                 self.reporter.spool(volume, state);
                 self.show();
             }
-            Input::Filterd(FromFilterd::Volumes(volumes)) => self.listed(volumes).await,
+            Input::Filterd(FromFilterd::Volumes(volumes, recorded)) => {
+                self.listed(volumes, &recorded).await;
+                self.leftovers.sweep(&recorded);
+            }
             Input::Filterd(FromFilterd::Lost(problem)) => {
                 if self.filterd_problem.is_none() {
                     tracing::warn!(%problem, why = problem.why, "filterd does not answer");
@@ -257,8 +264,8 @@ impl Driver {
                 self.disconnect();
             }
             Action::SendOpen(open) => self.send(FromAgent::Open(open)),
-            Action::SendClose { volume } => {
-                self.send(FromAgent::Close { volume, unprotected: true });
+            Action::SendClose { volume, unprotected } => {
+                self.send(FromAgent::Close { volume, unprotected });
             }
             Action::SendBatch { volume, batch } => {
                 if let Some(connection) = &self.connection {
@@ -367,7 +374,7 @@ impl Driver {
         self.renewing = None;
     }
 
-    async fn listed(&mut self, volumes: Vec<VolumeStatus>) {
+    async fn listed(&mut self, volumes: Vec<VolumeStatus>, recorded: &BTreeSet<VolumeId>) {
         if self.filterd_problem.take().is_some() {
             tracing::info!("filterd answers again");
         }
@@ -377,11 +384,14 @@ impl Driver {
         for volume in
             before.keys().filter(|v| !self.volumes.contains_key(v)).copied().collect::<Vec<_>>()
         {
-            tracing::info!(%volume, "the volume is no longer protected");
+            let unprotected = !recorded.contains(&volume);
+            tracing::info!(%volume, unprotected, "the volume is not attached any more");
             self.points.remove(volume);
             self.reporter.forget(volume);
-            self.step(Event::VolumeGone { volume }).await;
-            self.intakes.remove(&volume);
+            self.step(Event::VolumeGone { volume, unprotected }).await;
+            if let Some(intake) = self.intakes.remove(&volume) {
+                self.leftovers.wait_for(volume, intake.end());
+            }
         }
         for (volume, status) in self.volumes.clone() {
             // Number 0: an epoch without any record yet.

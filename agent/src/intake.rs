@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use farshore_blkfilter::control::{Client, Descriptor, FetchWish, ReadOnlyPool};
@@ -162,6 +162,12 @@ impl Intake {
         });
     }
 
+    /// Tells the thread to end.
+    #[must_use]
+    pub fn end(self) -> Ending {
+        Ending(Arc::downgrade(&self.cell))
+    }
+
     /// Everything up to `upto` is durable at the target.
     pub fn trim(&self, upto: Lsn) {
         // Not worth a wake-up: looked at with the next thing the thread does.
@@ -173,6 +179,18 @@ impl Intake {
 impl Drop for Intake {
     fn drop(&mut self) {
         self.cell.change(|w| w.exit = true);
+    }
+}
+
+/// A thread that was told to end.
+#[derive(Debug)]
+pub struct Ending(Weak<Cell>);
+
+impl Ending {
+    /// Whether it has.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 

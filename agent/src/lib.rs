@@ -18,6 +18,7 @@ mod enroll;
 pub mod identity;
 pub mod intake;
 pub mod keeper;
+mod leftover;
 pub mod limits;
 pub mod line;
 pub mod link;

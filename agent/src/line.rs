@@ -4,7 +4,7 @@
 //! Releases are cumulative, so only the newest of each volume waits; after a failure it is tried
 //! again with the next listing.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -33,8 +33,8 @@ pub enum Purpose {
 /// What the thread reports.
 #[derive(Debug)]
 pub enum FromFilterd {
-    /// Every protected volume.
-    Volumes(Vec<VolumeStatus>),
+    /// Every attached volume, and the identities of all on record.
+    Volumes(Vec<VolumeStatus>, BTreeSet<VolumeId>),
     /// `filterd` does not answer.
     Lost(Problem),
     /// The outcome of a marker.
@@ -135,11 +135,14 @@ impl Worker {
             }
             if next_list <= Instant::now() {
                 next_list = Instant::now() + LIST_INTERVAL;
-                let report = match self.call(Client::list) {
-                    Ok(volumes) => {
+                let listed = self.call(|c| Ok((c.list()?, c.recorded()?)));
+                let report = match listed {
+                    Ok((volumes, recorded)) => {
+                        let attached = volumes.iter().map(|v| v.info.volume);
+                        let recorded = recorded.into_iter().chain(attached).collect();
                         let again = std::mem::take(&mut self.failed);
                         self.release(again);
-                        FromFilterd::Volumes(volumes)
+                        FromFilterd::Volumes(volumes, recorded)
                     }
                     Err(problem) => FromFilterd::Lost(problem),
                 };

@@ -140,7 +140,9 @@ impl Session {
                     v.seen(captured, released);
                 }
             }
-            Event::VolumeGone { volume } => self.volume_gone(now, volume, actions),
+            Event::VolumeGone { volume, unprotected } => {
+                self.volume_gone(now, (volume, unprotected), actions);
+            }
             Event::Connected => {
                 if matches!(self.link, LinkState::Connecting { .. }) {
                     self.link = LinkState::Up { since: now };
@@ -239,12 +241,17 @@ impl Session {
         }
     }
 
-    fn volume_gone(&mut self, now: Duration, id: VolumeId, actions: &mut Vec<Action>) {
+    fn volume_gone(
+        &mut self,
+        now: Duration,
+        (id, unprotected): (VolumeId, bool),
+        actions: &mut Vec<Action>,
+    ) {
         let Some(mut volume) = self.volumes.remove(&id) else { return };
         volume.tick(now, true, actions);
         actions.push(Action::StopFeed { volume: id });
         if self.is_up() {
-            actions.push(Action::SendClose { volume: id });
+            actions.push(Action::SendClose { volume: id, unprotected });
         }
     }
 

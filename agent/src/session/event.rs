@@ -94,10 +94,12 @@ pub enum Event {
         /// Last place durable at the target, as `filterd` was told: records up to here are gone.
         released: Lsn,
     },
-    /// `filterd` no longer protects the volume.
+    /// `filterd` no longer has the volume attached.
     VolumeGone {
         /// Which.
         volume: VolumeId,
+        /// It is not on record either: nobody wants it protected.
+        unprotected: bool,
     },
     /// The handshake succeeded.
     Connected,
@@ -207,6 +209,8 @@ pub enum Action {
     SendClose {
         /// Which volume.
         volume: VolumeId,
+        /// It is not protected any more.
+        unprotected: bool,
     },
     /// Send these bytes. The order between batches of one volume matters.
     SendBatch {

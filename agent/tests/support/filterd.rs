@@ -159,6 +159,7 @@ impl FakeFilterd {
         let gone = || Problem::harmless(2001, "no such volume", "test", "-");
         Some(match request {
             Request::List => Ok(Reply::Volumes(self.with(|s| s.list()))),
+            Request::Recorded => Ok(Reply::Recorded(self.with(|s| s.recorded()))),
             Request::OpenPool { volume } => {
                 let pool = self.with(|s| s.volumes[&volume].pool.clone());
                 let reply: Result<Reply, Problem> = Ok(Reply::Pool { len: pool.capacity() });
@@ -232,6 +233,10 @@ impl State {
         let v = self.volumes.get_mut(&volume).unwrap();
         v.records.push(Descriptor { seq, time: WallTime::now(), body });
         seq
+    }
+
+    fn recorded(&self) -> Vec<VolumeId> {
+        self.volumes.keys().copied().collect()
     }
 
     fn list(&self) -> Vec<VolumeStatus> {

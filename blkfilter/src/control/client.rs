@@ -74,6 +74,17 @@ impl Client {
         }
     }
 
+    /// Every volume on record, attached or not.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn recorded(&mut self) -> Result<Vec<VolumeId>, Problem> {
+        match self.call(&Request::Recorded, CALL)? {
+            Reply::Recorded(volumes) => Ok(volumes),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     /// What stands in the way of protecting, and how the volume would be attached. Changes nothing.
     ///
     /// # Errors
@@ -282,6 +293,7 @@ impl Client {
             Reply::Protected(_) => "Protected",
             Reply::Preflight(_) => "Preflight",
             Reply::Grown(_) => "Grown",
+            Reply::Recorded(_) => "Recorded",
             Reply::Marker(_) => "Marker",
             Reply::Drained(_) => "Drained",
             Reply::Pool { .. } => "Pool",

@@ -92,6 +92,8 @@ pub enum Request {
         /// Shown in status and log.
         reason: String,
     },
+    /// Every volume on record, attached or not: what is not among them is not protected any more.
+    Recorded,
     /// Limit of the copy loop in bytes a second; 0 is none.
     CopyRate {
         /// Which volume.
@@ -112,6 +114,8 @@ pub enum Reply {
     Preflight(Readiness),
     /// To `Grow`.
     Grown(Grown),
+    /// To `Recorded`.
+    Recorded(Vec<VolumeId>),
     /// To `Marker`.
     Marker(MarkerPlaced),
     /// To `Drain`: whether it was reached in time.

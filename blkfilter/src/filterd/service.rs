@@ -390,6 +390,7 @@ impl Serve for Service {
         let millis = |ms: u32| Duration::from_millis(ms.into());
         let reply = match request {
             Request::List => Reply::Volumes(self.all().iter().filter_map(|v| v.status()).collect()),
+            Request::Recorded => Reply::Recorded(self.ground.state.recorded()?),
             Request::Protect(request) => Reply::Protected(self.protect(&request)?),
             Request::Preflight(request) => Reply::Preflight(self.preflight(&request)),
             Request::Unprotect { name, force } => {

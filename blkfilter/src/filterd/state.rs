@@ -145,6 +145,18 @@ impl StateDir {
         Ok((records, problems))
     }
 
+    /// Volumes of all records, readable or not.
+    pub(super) fn recorded(&self) -> Result<Vec<VolumeId>, Problem> {
+        let directory = self.path.join("volumes");
+        let failed = |e: io::Error| problem::state(&directory, &e);
+        let entries: Vec<_> =
+            fs::read_dir(&directory).and_then(Iterator::collect).map_err(failed)?;
+        let volume = |entry: &fs::DirEntry| {
+            entry.file_name().to_str()?.strip_suffix(".json")?.parse::<VolumeId>().ok()
+        };
+        Ok(entries.iter().filter_map(volume).collect())
+    }
+
     fn file(&self, volume: VolumeId) -> PathBuf {
         self.path.join("volumes").join(format!("{volume}.json"))
     }

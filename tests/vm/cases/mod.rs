@@ -3,6 +3,7 @@
 mod cable;
 mod demo;
 mod device;
+mod differential;
 mod files;
 mod grow;
 mod host_cut;
@@ -39,6 +40,8 @@ pub const GROUPS: &[Group] = &[
     life::UBLK_GROUP,
     life::NBD_GROUP,
     views::GROUP,
+    differential::GROUP,
+    differential::OTHER_SERVER_GROUP,
     demo::GROUP,
     ratios::GROUP,
 ];

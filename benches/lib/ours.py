@@ -67,6 +67,7 @@ class _Source:
 
     def __init__(self, children: Children, size: int, label: str):
         self.children, self.label = children, label
+        self.pool = POOL
         self.root = children.dir / label
         self.root.mkdir()
         self.image = self.root / "source.img"
@@ -89,7 +90,7 @@ class _Source:
 
     def protect(self) -> None:
         """Puts the filter in front of the image."""
-        self.cli("protect", str(self.image), "--name", VOLUME, "--policy", "off", "--pool", POOL, "--attach", "socket", "--yes")
+        self.cli("protect", str(self.image), "--name", VOLUME, "--policy", "off", "--pool", self.pool, "--attach", "socket", "--yes")
         self.socket, self.export = Path(self.row()["nbd_socket"]), VOLUME
         self.uri = uri(self.socket, self.export)
 
@@ -147,8 +148,10 @@ class Replicated(_Source):
 
     name = "farshore"
 
-    def __init__(self, children: Children, size: int, compression: bool = True, label: str = "replicated"):
+    def __init__(self, children: Children, size: int, compression: bool = True, label: str = "replicated",
+                 pool: str = POOL, agent: str = ""):
         super().__init__(children, size, label)
+        self.pool = pool
         self.lag_period = 0.5
         self.tags = 0
         address = f"127.0.0.1:{free_port()}"
@@ -157,19 +160,18 @@ class Replicated(_Source):
         self.children.serving(f"{label}-target", self.root / "run/target.sock")
         made = self.cli("token", "create", "--for", HOST, "--address", address, "--json")
         self.cli("enroll", json.loads(made)["token"]["token"])
-        if not compression:
-            self.switch_compression_off()
+        self.set_agent(agent if compression else agent + "zstd_level = 0\n")
         self.start_filterd()
         self.daemon("agent", "agent")
         self.protect()
         wait_until("first copy at the target", self.shipped, seconds=180, step=0.2)
 
-    def switch_compression_off(self) -> None:
-        """A setting of the agent, for this comparison."""
+    def set_agent(self, settings: str) -> None:
+        """Settings of the agent, for this comparison."""
         config = self.root / "etc/agent.toml"
         config.parent.mkdir(exist_ok=True)
         with open(config, "a", encoding="utf-8") as text:
-            text.write("\nzstd_level = 0\n")
+            text.write("\n" + settings)
 
     def ordered(self) -> bool:
         """In order, with nothing left to copy."""

@@ -36,12 +36,20 @@ mod volume;
 use std::process::ExitCode;
 
 pub use exit::{Exit, Failure};
+use farshore_blkfilter::frontend::ublk;
+
+/// The first word with which this program starts itself to be a daemon's helper.
+const UBLK_HELPER: &str = "ublk-helper";
 
 /// Parses the arguments, does what they ask and turns the outcome into an exit code
 /// (design of the interfaces: 0 ok, 1 failed, 2 usage, 3 not found, 4 refused, 5 unreachable,
 /// 6 partial, 130 interrupted).
 #[must_use]
 pub fn command_line() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|word| word == UBLK_HELPER) {
+        return if ublk::help().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    ublk::use_helper(UBLK_HELPER);
     let cli = match args::parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(done) => return done.into(),

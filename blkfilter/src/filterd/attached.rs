@@ -98,10 +98,16 @@ fn start_serving(
             Ok(serving) => return Ok(serving),
             Err(error) => error,
         };
-        if let Some(kernel) = kernel.filter(|_| !known || matches!(error, NotStarted::Taken)) {
+        let problem = match error {
+            NotStarted::Taken => None,
+            NotStarted::Failed(problem) => Some(problem),
+            // It may come about yet: it stays announced as ours, so that it is found and removed.
+            NotStarted::Stuck(problem) => return Err(problem),
+        };
+        if let Some(kernel) = kernel.filter(|_| !known || problem.is_none()) {
             ground.give_up(&kernel, record);
         }
-        if let NotStarted::Failed(problem) = error {
+        if let Some(problem) = problem {
             return Err(problem);
         }
         tried.push(record.front.clone());
@@ -124,16 +130,31 @@ fn serve_as(
     record: &VolumeRecord,
 ) -> Result<Serving, NotStarted> {
     let failed = |why| problem::no_device(&record.name, record.front.kind(), why);
-    let foreign = record.front.is_foreign(record.volume);
-    if foreign.map_err(|why| NotStarted::Failed(failed(why)))? {
+    let existing = record.front.existing(record.volume);
+    let existing = existing.map_err(|why| NotStarted::Failed(failed(why)))?;
+    if existing == Some(false) {
         return Err(NotStarted::Taken);
     }
-    if let Some(kernel) = record.front.kernel_name() {
-        ground.own.add(kernel.clone());
-        let announced = ground.names.announce(&kernel, &record.name, record.volume);
-        announced.map_err(|e| NotStarted::Failed(problem::socket(&ground.config.run, &e)))?;
+    let start = || Serving::start(Arc::clone(device), record, ground.config.queues);
+    let Some(kernel) = record.front.kernel_name() else { return start() };
+    ground.own.add(kernel.clone());
+    let died_starting = ground.names.was_starting(&kernel, record.volume);
+    let announce = |starting| {
+        let announced = ground.names.announce(&kernel, &record.name, record.volume, starting);
+        announced.map_err(|e| NotStarted::Failed(problem::socket(&ground.config.run, &e)))
+    };
+    announce(existing.is_none() || died_starting)?;
+    match start() {
+        Ok(serving) => announce(false).map(|()| serving),
+        // Nobody has ever used it, and before Linux 7.0 nobody can have it again until a reboot.
+        Err(NotStarted::Stuck(problem)) if died_starting => {
+            let why = &problem.why;
+            tracing::error!(volume = %record.name, kernel, why, "filterd died while it was made");
+            ground.names.forget(&kernel);
+            Err(NotStarted::Taken)
+        }
+        Err(error) => Err(error),
     }
-    Serving::start(Arc::clone(device), record, ground.config.queues)
 }
 
 /// Opens the backing of a new volume and fills in what only it knows.

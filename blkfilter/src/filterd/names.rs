@@ -1,7 +1,8 @@
 //! Stable names of block devices: `/dev/farshore/NAME`, and no second disk with the same UUIDs.
 //!
 //! ```text
-//! RUN/devices/ublkb3   FARSHORE_VOLUME=pgdata    a device of ours; and FARSHORE_ID, the volume's
+//! RUN/devices/ublkb3   FARSHORE_VOLUME=pgdata    a device of ours; and FARSHORE_ID, the volume's,
+//!                                                and FARSHORE_STARTING=1 until it is there
 //! RUN/origins/vdb      FARSHORE_ORIGIN=pgdata    the disk behind it: same contents, not to be used
 //! ```
 //! The udev rules we ship read these files when the kernel announces a change, so a rule asks
@@ -20,6 +21,9 @@ use crate::durable_fs;
 
 /// The run directory that our udev rules read.
 const UDEV_READS: &str = "/run/farshore";
+
+/// In the announcement of a device that is being made.
+const STARTING: &str = "FARSHORE_STARTING=1\n";
 
 /// How long udev may take to make a name.
 const UDEV_TAKES: Duration = Duration::from_secs(3);
@@ -56,15 +60,31 @@ impl Names {
         self.run.join("devices").join(kernel)
     }
 
-    /// Says whose the device `kernel` is. Before it appears, so that udev knows it at first sight.
+    /// Says whose the device `kernel` is. Before it appears, so that udev knows it at first sight;
+    /// `starting` until it has.
     pub(super) fn announce(
         &self,
         kernel: &str,
         name: &VolumeName,
         volume: VolumeId,
+        starting: bool,
     ) -> io::Result<()> {
-        let text = format!("FARSHORE_VOLUME={name}\nFARSHORE_ID={volume}\n");
+        let mut text = format!("FARSHORE_VOLUME={name}\nFARSHORE_ID={volume}\n");
+        if starting {
+            text += STARTING;
+        }
         put(&self.file(kernel), &text)
+    }
+
+    /// Whether an earlier run announced the volume's device and did not live to see it appear.
+    pub(super) fn was_starting(&self, kernel: &str, volume: VolumeId) -> bool {
+        let text = fs::read_to_string(self.file(kernel)).unwrap_or_default();
+        text.contains(&format!("FARSHORE_ID={volume}\n")) && text.contains(STARTING)
+    }
+
+    /// Takes the announcement back of a device that nobody, udev included, should look at.
+    pub(super) fn forget(&self, kernel: &str) {
+        remove(&self.file(kernel));
     }
 
     /// Everything announced and not withdrawn.
@@ -251,7 +271,11 @@ mod tests {
     fn without_udev_the_names_of_a_device_and_its_partitions_come_and_go_with_it() {
         let host = Host::new();
         let (name, id) = (VolumeName::new("pgdata").unwrap(), VolumeId::random());
-        host.names.announce("ublkb3", &name, id).unwrap();
+        host.names.announce("ublkb3", &name, id, true).unwrap();
+        assert!(host.names.was_starting("ublkb3", id));
+        assert!(!host.names.was_starting("ublkb3", VolumeId::random()));
+        host.names.announce("ublkb3", &name, id, false).unwrap();
+        assert!(!host.names.was_starting("ublkb3", id));
         let (kernel, text) = ("ublkb3".to_owned(), "pgdata".to_owned());
         assert_eq!(host.names.announced(), [Announced { kernel, name: text, volume: id }]);
         let link = host.names.link("ublkb3", "pgdata").unwrap();

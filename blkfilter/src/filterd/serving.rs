@@ -34,6 +34,8 @@ pub(super) enum Serving {
 pub(super) enum NotStarted {
     /// The number belongs to somebody else's device.
     Taken,
+    /// The driver is stuck with the device, and may still do what it was told.
+    Stuck(Problem),
     /// Anything else.
     Failed(Problem),
 }
@@ -59,6 +61,10 @@ impl Serving {
                 match ublk::Server::start(device, config) {
                     Ok(server) => Ok(Self::Ublk(server)),
                     Err(UblkError::NotOurs { .. }) => Err(NotStarted::Taken),
+                    Err(error @ (UblkError::Late { .. } | UblkError::Behind { .. })) => {
+                        let kind = AttachKind::Ublk;
+                        Err(NotStarted::Stuck(problem::no_device(&record.name, kind, error)))
+                    }
                     Err(error) => Err(failed(AttachKind::Ublk, &error)),
                 }
             }
@@ -229,22 +235,22 @@ impl Front {
         ublk.or_else(|| number("nbd").map(|number| Self::Nbd { number }))
     }
 
-    /// Whether the block device of this number belongs to somebody else than `volume`.
+    /// Whether there is a block device of this number: `Some(true)` when it is `volume`'s.
     ///
     /// # Errors
     /// Nobody knows, and why.
-    pub(super) fn is_foreign(&self, volume: VolumeId) -> Result<bool, String> {
+    pub(super) fn existing(&self, volume: VolumeId) -> Result<Option<bool>, String> {
         match self {
             Self::Ublk { number } => {
                 let found = ublk::owner(*number).map_err(|e| e.to_string())?;
-                Ok(found.is_some_and(|found| found != owner(volume)))
+                Ok(found.map(|found| found == owner(volume)))
             }
             Self::Nbd { number } => {
                 let found = kernel_nbd::look(*number).map_err(|e| e.to_string())?;
                 let ours = volume.to_string();
-                Ok(found.is_some_and(|found| found.identifier.as_ref() != Some(&ours)))
+                Ok(found.map(|found| found.identifier == Some(ours)))
             }
-            Self::Socket { .. } => Ok(false),
+            Self::Socket { .. } => Ok(None),
         }
     }
 
@@ -256,8 +262,12 @@ impl Front {
         for number in 0.. {
             let (front, is_free) = match kind {
                 AttachKind::Ublk => {
-                    let owner = ublk::owner(number).map_err(|e| e.to_string());
-                    (Self::Ublk { number }, owner.map(|owner| owner.is_none()))
+                    let free = match ublk::owner(number) {
+                        Ok(owner) => Ok(owner.is_none()),
+                        Err(UblkError::Behind { .. }) => Ok(false),
+                        Err(error) => Err(error.to_string()),
+                    };
+                    (Self::Ublk { number }, free)
                 }
                 AttachKind::Nbd => {
                     let found = kernel_nbd::look(number).map_err(|e| e.to_string());

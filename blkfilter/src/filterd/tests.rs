@@ -179,7 +179,7 @@ fn volumes_whose_users_wait_come_first() {
     let world = World::new();
     let (service, records) = service(&world, &["a", "b", "c"]);
     let left = &records[2];
-    world.ground.names.announce("ublkb7", &left.name, left.volume).unwrap();
+    world.ground.names.announce("ublkb7", &left.name, left.volume, false).unwrap();
     let due: Vec<String> = service.due().into_iter().map(|(_, name)| name.to_string()).collect();
     assert_eq!(due, ["c", "a", "b"]);
 }

@@ -40,7 +40,7 @@ pub fn run<T: Send + 'static>(
 }
 
 /// Gives the calling thread a table of descriptors of its own that has only `keep`.
-fn forget_descriptors(mut keep: Vec<RawFd>) -> io::Result<()> {
+pub(super) fn forget_descriptors(mut keep: Vec<RawFd>) -> io::Result<()> {
     unshare(CloneFlags::CLONE_FILES)?;
     keep.sort_unstable();
     let mut from: libc::c_uint = 0;

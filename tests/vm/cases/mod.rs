@@ -17,6 +17,7 @@ mod power;
 mod ratios;
 mod readme;
 mod selftest;
+mod slow_disk;
 mod ublk_front;
 mod verify;
 mod views;
@@ -39,6 +40,7 @@ pub const GROUPS: &[Group] = &[
     kills::TWO_QUEUES_GROUP,
     life::UBLK_GROUP,
     life::NBD_GROUP,
+    slow_disk::GROUP,
     views::GROUP,
     differential::GROUP,
     differential::OTHER_SERVER_GROUP,

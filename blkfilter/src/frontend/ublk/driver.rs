@@ -36,6 +36,7 @@ fn name(command: Control) -> &'static str {
 fn unanswered(command: Control, error: CallError, limit: Duration) -> UblkError {
     match error {
         CallError::Late => UblkError::Late { command: name(command), limit },
+        CallError::Behind(earlier) => UblkError::Behind { command: name(earlier) },
         CallError::Open(error) => match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENOENT | Errno::ENXIO | Errno::ENODEV) => Unavailable::NoDriver.into(),
             Some(Errno::EPERM | Errno::EACCES) => Unavailable::NotPermitted.into(),
@@ -73,7 +74,7 @@ pub(super) fn features(limit: Duration) -> Result<u64, Unavailable> {
     let buffer = match send(Control::GetFeatures, ANY, 0, vec![0; 8], limit) {
         Ok(buffer) => buffer,
         Err(UblkError::Unavailable(why)) => return Err(why),
-        Err(UblkError::Late { .. }) => return Err(Unavailable::Hangs),
+        Err(UblkError::Late { .. } | UblkError::Behind { .. }) => return Err(Unavailable::Hangs),
         Err(UblkError::Refused {
             errno: Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENODEV,
             ..
@@ -150,8 +151,10 @@ impl Order {
         }
     }
 
-    /// The error of having waited for `limit` in vain.
-    pub(super) fn late(&self, limit: Duration) -> UblkError {
+    /// Gives it up, with the error of having waited for `limit` in vain. Until it has ended, nothing
+    /// else is sent to the device.
+    pub(super) fn give_up(&self, limit: Duration) -> UblkError {
+        self.pending.give_up();
         UblkError::Late { command: name(self.command), limit }
     }
 }

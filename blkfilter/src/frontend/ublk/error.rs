@@ -24,6 +24,15 @@ pub enum UblkError {
         /// How long it was given.
         limit: Duration,
     },
+    /// A command that did not end in time is still with the driver: nothing more is sent.
+    #[error(
+        "the ublk driver has not finished {command}, which was given up: it is sent nothing more for \
+         this device until it has; reboot if it stays so"
+    )]
+    Behind {
+        /// Name of the earlier command.
+        command: &'static str,
+    },
     /// The driver refused a command.
     #[error("the ublk driver refused {command}: {errno}")]
     Refused {

@@ -18,7 +18,10 @@
 //! claim of the backing device until then, which the next needs too.
 //!
 //! **Times.** Every control command has a limit and a thread of its own, as some kernels never
-//! finish some of them. What a device is, is decided by the state the driver reports, and what it
+//! finish some of them. At most one a device that was given up is with the driver. What may get
+//! stuck is done by a helper program where there is one ([`use_helper`]): before Linux 7.0 a server
+//! that dies while its new device is searched for partitions leaves START_DEV in the kernel for
+//! ever, and with it everything that the process had open. What a device is, is decided by the state the driver reports, and what it
 //! can do by its feature bits: never by process numbers or kernel versions.
 //!
 //! The process should have made itself an I/O flusher and locked its memory: see
@@ -34,6 +37,7 @@ mod request;
 mod server;
 mod worker;
 
+pub use crate::sys::ublk::control::{help, use_helper};
 pub use error::UblkError;
 pub use existing::{DeviceState, State, existing, owner};
 pub use features::{Features, Unavailable, features};

@@ -326,8 +326,12 @@ impl Start {
         match started {
             Ok(workers) => Ok(Some(self.server(number, false, workers))),
             Err(error) => {
-                if let Err(left) = delete(number, config.limit) {
-                    tracing::error!(number, error = %left, "ublk: a device is left behind");
+                match delete(number, config.limit) {
+                    // Whoever waits for the end of the start removes it then.
+                    Ok(()) | Err(UblkError::Behind { .. }) => {}
+                    Err(left) => {
+                        tracing::error!(number, error = %left, "ublk: a device is left behind");
+                    }
                 }
                 Err(error)
             }
@@ -376,13 +380,12 @@ impl Start {
             if let Some(done) = order.wait(LOOK_AGAIN) {
                 return done.map(|()| workers);
             }
-            if let Some(why) = workers.failures().wait(Duration::ZERO) {
-                return Err(UblkError::Queue { number, why });
-            }
-            if Instant::now() >= deadline {
-                let late = order.late(limit);
-                abandon(order, workers);
-                return Err(late);
+            let failure = workers.failures().wait(Duration::ZERO);
+            if failure.is_some() || Instant::now() >= deadline {
+                let late = order.give_up(limit);
+                let made = (begin == Control::StartDev).then_some(number);
+                abandon(order, workers, made, limit);
+                return Err(failure.map_or(late, |why| UblkError::Queue { number, why }));
             }
         }
     }
@@ -474,11 +477,18 @@ fn open(number: u32, deadline: Instant) -> Result<File, UblkError> {
 }
 
 /// A command that begins service and does not end: the backing device does not answer the search
-/// for partitions. The threads go on until it does; without them it would never end.
-fn abandon(order: Order, workers: Workers) {
+/// for partitions. The threads go on until it does; without them it would never end. A device that
+/// was `made` by it is removed then.
+fn abandon(order: Order, workers: Workers, made: Option<u32>, limit: Duration) {
     let wait = move || {
         while order.wait(Duration::from_secs(60)).is_none() {}
-        drop(workers);
+        let Some(number) = made else { return };
+        workers.expect_removal(true);
+        let stopped = driver::order(Control::StopDev, number, 0, limit);
+        drop(workers.join(limit));
+        if let Err(error) = stopped.and_then(|()| delete(number, limit)) {
+            tracing::error!(number, %error, "ublk: a device whose start was given up stays");
+        }
     };
     if let Err(error) = thread::Builder::new().name("ublk-abandoned".into()).spawn(wait) {
         tracing::error!(%error, "ublk: no thread to wait for the driver");

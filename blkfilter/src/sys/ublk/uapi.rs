@@ -91,6 +91,30 @@ pub enum Control {
     TryStopDev = ioc(READ_WRITE, 0x17, 32),
 }
 
+impl Control {
+    const ALL: [Self; 13] = [
+        Self::GetQueueAffinity,
+        Self::GetDevInfo,
+        Self::AddDev,
+        Self::DelDev,
+        Self::StartDev,
+        Self::StopDev,
+        Self::SetParams,
+        Self::GetParams,
+        Self::StartUserRecovery,
+        Self::EndUserRecovery,
+        Self::GetFeatures,
+        Self::UpdateSize,
+        Self::TryStopDev,
+    ];
+
+    /// The command of this number.
+    #[must_use]
+    pub fn of(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|command| *command as u32 == number)
+    }
+}
+
 /// I/O command: the tag is ready for its first request.
 pub const IO_FETCH: u32 = ioc(READ_WRITE, 0x20, 16);
 /// I/O command: the tag's request ended so; it is ready for the next.

@@ -1,0 +1,148 @@
+//! Disks that answer late, or not at all for a while, at the worst moments of filterd's life.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::harness::{Site, run, said, wait_for};
+use crate::image::Disk;
+use crate::volume::Way;
+use crate::{Group, case_list, guest};
+
+pub const GROUP: Group = Group {
+    name: "slow_disk",
+    disks: &[Disk::new("disk", 64), Disk::new("other", 64)],
+    limit: Duration::from_secs(300),
+    cases: case_list![
+        what_a_killed_filterd_has_under_way_ends_before_the_next_one_serves,
+        // Last: before Linux 7.0 it leaves a device that only a reboot removes.
+        filterd_killed_during_the_search_for_partitions_is_followed_by_one_that_serves,
+    ],
+    ..Group::DEFAULT
+};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A device-mapper device over a disk of the group that delays reads and writes; gone when dropped.
+struct Slow {
+    name: &'static str,
+    disk: PathBuf,
+}
+
+impl Slow {
+    fn new(disk: &'static str) -> Self {
+        guest::load("dm_delay");
+        let slow = Self { name: "slow", disk: guest::disk(disk) };
+        run("dmsetup", &["create", slow.name, "--table", &slow.table(0, 0)]);
+        run("dmsetup", &["mknodes"]);
+        slow
+    }
+
+    fn table(&self, reads_ms: u32, writes_ms: u32) -> String {
+        let disk = self.disk.display();
+        format!("0 {} delay {disk} 0 {reads_ms} {disk} 0 {writes_ms}", 64 << 11)
+    }
+
+    /// From now on reads and writes take so much longer.
+    fn delay(&self, reads_ms: u32, writes_ms: u32) {
+        run("dmsetup", &["reload", self.name, "--table", &self.table(reads_ms, writes_ms)]);
+        run("dmsetup", &["resume", self.name]);
+    }
+
+    fn path(&self) -> PathBuf {
+        fs::canonicalize(Path::new("/dev/mapper").join(self.name)).expect("its node")
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        // Of a case that has failed its machine is thrown away.
+        Command::new("dmsetup").args(["resume", self.name]).status().ok();
+        Command::new("dmsetup").args(["remove", "--retry", self.name]).status().ok();
+    }
+}
+
+fn protect(site: &Site, disk: &Path) -> Child {
+    let mut command = Command::new(crate::harness::farshore_bin());
+    command.arg("--root").arg(site.root()).arg("protect").arg(disk);
+    command.args(["--name", "disk", "--policy", "off", "--yes", "--attach", "ublk"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("farshore")
+}
+
+fn filterd_killed_during_the_search_for_partitions_is_followed_by_one_that_serves() {
+    let site = Site::new();
+    let filterd = site.start_filterd();
+    let slow = Slow::new("disk");
+    Way::Ublk.load_driver();
+    let disk = slow.path();
+    let table = "printf 'label: gpt\\nsize=24MiB\\n' | sfdisk --quiet --no-tell-kernel \"$0\"";
+    run("bash", &["-c", table, disk.to_str().expect("UTF-8")]);
+    slow.delay(5000, 0);
+    // Before Linux 7.0 the driver never finishes the start: the kernel would tell of a hung task.
+    fs::write("/proc/sys/kernel/hung_task_timeout_secs", "0").expect("sysctl");
+    let asking = protect(&site, &disk);
+    wait_for("the device", LIMIT, || Path::new("/sys/class/block/ublkb0").exists().then_some(()));
+    filterd.kill();
+    asking.wait_with_output().expect("protect");
+    slow.delay(0, 0);
+    let _filterd = site.start_filterd();
+    let first = guest::wait_block_device(Path::new("/dev/farshore/disk-part1"));
+    println!("{} leads to {:?}", first.display(), fs::canonicalize(&first));
+    run("mkfs.ext4", &["-q", first.to_str().expect("UTF-8")]);
+    run("fsck.ext4", &["-f", "-n", first.to_str().expect("UTF-8")]);
+    assert!(helpers() <= 2, "stuck commands pile up");
+    site.cli(&["unprotect", "disk", "--yes"]);
+}
+
+/// Programs that wait for the driver.
+fn helpers() -> usize {
+    let out = Command::new("pgrep").args(["-c", "-f", "ublk-helper"]).output().expect("pgrep");
+    said(&out).trim().parse().expect("a number")
+}
+
+/// A write of a killed filterd that the disk still holds could land on what was written since: its
+/// claims must keep the next filterd away until it has ended.
+fn what_a_killed_filterd_has_under_way_ends_before_the_next_one_serves() {
+    let site = Site::new();
+    let filterd = site.start_filterd();
+    let slow = Slow::new("disk");
+    Way::Ublk.load_driver();
+    let out = protect(&site, &slow.path()).wait_with_output().expect("protect");
+    assert!(out.status.success(), "{}", said(&out));
+    let device = guest::wait_block_device(Path::new("/dev/farshore/disk"));
+    run("dmsetup", &["suspend", slow.name]);
+    let mut old = write(&device, "old");
+    let inflight = "/sys/block/ublkb0/inflight";
+    wait_for("the write", LIMIT, || {
+        let text = fs::read_to_string(inflight).expect("sysfs");
+        text.split_whitespace().any(|n| n != "0").then_some(())
+    });
+    // It cannot end before its write has: nobody waits for it here.
+    run("kill", &["-9", &filterd.pid().to_string()]);
+    let mut next = site.start("filterd", &["filterd"]);
+    wait_for("the next one to be held back", LIMIT, || {
+        let waits = site.logs().contains("waiting for the claim");
+        (waits || !next.is_alive()).then_some(())
+    });
+    assert_eq!(old.try_wait().expect("dd"), None, "it serves while a write is under way");
+    run("dmsetup", &["resume", slow.name]);
+    drop(filterd);
+    let _next = if next.is_alive() { next } else { site.start_filterd() };
+    wait_for("the old write", LIMIT, || old.try_wait().expect("dd"));
+    assert!(old.wait().expect("dd").success(), "{}", site.logs());
+    assert!(write(&device, "new").wait().expect("dd").success());
+    let mut found = [0; 3];
+    fs::File::open(&device).and_then(|mut disk| disk.read_exact(&mut found)).expect("read");
+    assert_eq!(&found, b"new");
+    site.cli(&["unprotect", "disk", "--yes"]);
+}
+
+/// Writes one block of `text` at the beginning, past the page cache.
+fn write(device: &Path, text: &str) -> Child {
+    let script = "printf '%4096s' | sed \"s/^.../$1/\" | dd of=\"$0\" bs=4096 iflag=fullblock \
+                  oflag=direct conv=notrunc status=none";
+    Command::new("bash").args(["-c", script]).arg(device).arg(text).spawn().expect("bash")
+}

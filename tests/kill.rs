@@ -13,25 +13,9 @@ use farshore::ledger::{Bounds, Instant, Ledger, Workload};
 use farshore::nbd_client::NbdClient;
 use farshore_extent::PointId;
 use farshore_protocol::admin::PointChoice;
-use harness::{Site, assert_same_bytes, pause, wait_for};
+use harness::{Site, assert_same_bytes, chance, kills, pause, wait_for};
 
 const SIZE: u64 = 32 << 20;
-const DEFAULT_KILLS: u64 = 10;
-const SOAK_KILLS: u64 = 200;
-
-fn kills() -> u64 {
-    let soak = std::env::var_os("FARSHORE_SOAK").is_some();
-    let wanted = std::env::var("FARSHORE_KILLS").ok();
-    let default = if soak { SOAK_KILLS } else { DEFAULT_KILLS };
-    wanted.map_or(default, |n| n.parse().expect("FARSHORE_KILLS is a number"))
-}
-
-/// Repeatable chance.
-fn chance(state: &mut u64, below: u64) -> u64 {
-    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    (*state >> 33) % below
-}
-
 /// Opens the point and proves that it is a cut of the ledger within the bounds.
 fn prove(site: &Site, ledger: &Ledger, point: PointId, bounds: Bounds) {
     let view = site.open("disk", PointChoice::Id(point));

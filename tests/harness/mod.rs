@@ -74,6 +74,24 @@ pub fn said(out: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
 }
 
+/// How often daemons are killed under load.
+const DEFAULT_KILLS: u64 = 10;
+const SOAK_KILLS: u64 = 200;
+
+/// The same, or as `FARSHORE_KILLS` says.
+pub fn kills() -> u64 {
+    let soak = std::env::var_os("FARSHORE_SOAK").is_some();
+    let wanted = std::env::var("FARSHORE_KILLS").ok();
+    let default = if soak { SOAK_KILLS } else { DEFAULT_KILLS };
+    wanted.map_or(default, |n| n.parse().expect("FARSHORE_KILLS is a number"))
+}
+
+/// Repeatable chance: a number below `below`.
+pub fn chance(state: &mut u64, below: u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 33) % below
+}
+
 /// A free TCP port on the loopback address.
 pub fn free_port() -> u16 {
     let probe = TcpListener::bind("127.0.0.1:0").expect("loopback");

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::harness::{Site, pause, said};
+use crate::harness::{Site, chance, kills, pause, said};
 use crate::image::Disk;
 use crate::volume::{Volume, Way, fio_arguments};
 use crate::{Group, case_list};
@@ -32,22 +32,6 @@ pub const TWO_QUEUES_GROUP: Group = Group {
     cases: case_list![a_device_with_two_queues_keeps_what_its_jobs_wrote_over_kills],
     ..Group::DEFAULT
 };
-
-const DEFAULT_KILLS: u64 = 10;
-const SOAK_KILLS: u64 = 200;
-
-fn kills() -> u64 {
-    let soak = std::env::var_os("FARSHORE_SOAK").is_some();
-    let wanted = std::env::var("FARSHORE_KILLS").ok();
-    let default = if soak { SOAK_KILLS } else { DEFAULT_KILLS };
-    wanted.map_or(default, |n| n.parse().expect("FARSHORE_KILLS is a number"))
-}
-
-/// Repeatable chance.
-fn chance(state: &mut u64, below: u64) -> u64 {
-    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    (*state >> 33) % below
-}
 
 /// Verified writes that last as long as the kills do.
 struct Load(Child);

@@ -343,7 +343,8 @@ impl Attached {
         }
     }
 
-    /// Takes the way to the volume away, whoever uses it.
+    /// Takes the way to the volume away: a socket from whoever uses it, a block device only when
+    /// nobody does.
     pub(super) fn end_serving(&self, grace: Duration) -> Result<(), Problem> {
         // Not held while the kernel or a client takes its time: the status looks at it.
         let Some(serving) = lock(&self.serving).take() else { return Ok(()) };
@@ -360,12 +361,19 @@ impl Attached {
                 if still.is_none() {
                     self.filtering.end();
                 }
+                let served = still.is_some();
                 *lock(&self.serving) = still;
+                let name = self.info.name.as_str();
                 let device = self.info.attachment.device().unwrap_or(Path::new("it"));
                 let kernel = lock(&self.record).front.kernel_name();
-                let users = kernel.map(|kernel| Users::of(&self.ground.roots, &kernel));
+                let found = |kernel: String| Users::of(&self.ground.roots, &kernel);
+                let users = if served { Some(self.users()) } else { kernel.map(found) };
                 let users = users.unwrap_or_default();
-                Err(problem::not_removed(self.info.name.as_str(), device, why, &users))
+                // Somebody was faster: it came into use after the caller had looked.
+                if served && users.in_kernel() {
+                    return Err(problem::in_kernel(name, device, &users));
+                }
+                Err(problem::not_removed(name, device, why, &users))
             }
         }
     }

@@ -169,20 +169,24 @@ impl Serving {
         }
     }
 
-    /// Takes the way to the volume away. `Ok`: whether all requests were answered within `grace`.
+    /// Takes the way to the volume away, unless it is a block device in use. `Ok`: whether all
+    /// requests were answered within `grace`.
     pub(super) fn remove(self, grace: Duration) -> Result<bool, NotRemoved> {
         match self {
-            Self::Ublk(server) => match server.remove(grace) {
+            Self::Ublk(server) => match server.remove_unused(grace) {
                 Ok(()) => Ok(true),
                 Err(error @ UblkError::InUse { .. }) => {
                     Err(NotRemoved { still: Some(Self::Ublk(server)), why: error.to_string() })
                 }
                 Err(error) => Err(NotRemoved { still: None, why: error.to_string() }),
             },
-            Self::Nbd(server) => {
-                let removed = server.remove(grace);
-                removed.map(|()| true).map_err(|e| NotRemoved { still: None, why: e.to_string() })
-            }
+            Self::Nbd(server) => match server.remove_unused(grace) {
+                Ok(()) => Ok(true),
+                Err(error @ KernelNbdError::InUse(_)) => {
+                    Err(NotRemoved { still: Some(Self::Nbd(server)), why: error.to_string() })
+                }
+                Err(error) => Err(NotRemoved { still: None, why: error.to_string() }),
+            },
             Self::Socket { mut server, .. } => Ok(server.stop(grace)),
         }
     }
@@ -286,13 +290,15 @@ impl Front {
     /// whether there was one; a device of somebody else is left alone.
     pub(super) fn remove_stale(&self, volume: VolumeId) -> Result<bool, String> {
         match self {
-            Self::Ublk { number } => match ublk::remove_stale(*number, owner(volume), REMOVAL) {
-                Ok(was) => Ok(was),
-                Err(UblkError::NotOurs { .. } | UblkError::Unavailable(_)) => Ok(false),
-                Err(error) => Err(error.to_string()),
-            },
+            Self::Ublk { number } => {
+                match ublk::remove_stale_unused(*number, owner(volume), REMOVAL) {
+                    Ok(was) => Ok(was),
+                    Err(UblkError::NotOurs { .. } | UblkError::Unavailable(_)) => Ok(false),
+                    Err(error) => Err(error.to_string()),
+                }
+            }
             Self::Nbd { number } => {
-                match kernel_nbd::remove_stale(*number, &volume.to_string(), REMOVAL) {
+                match kernel_nbd::remove_stale_unused(*number, &volume.to_string(), REMOVAL) {
                     Ok(was) => Ok(was),
                     Err(KernelNbdError::Taken { .. } | KernelNbdError::Unavailable(_)) => Ok(false),
                     Err(error) => Err(error.to_string()),

@@ -12,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use super::claim::is_refusal;
 use crate::preflight::{HostRoots, device_of};
 use crate::sys::isolate;
 
@@ -122,9 +123,7 @@ fn claim(node: &Path) -> io::Result<()> {
 /// Whether `claim` is refused because another has claimed the device. Opening and closing may read
 /// and write it, and this very process answers that: when it does not, the device counts as claimed.
 fn is_refused(limit: Duration, claim: impl FnOnce() -> io::Result<()> + Send + 'static) -> bool {
-    isolate::run(&[], limit, claim).is_err_and(|error| {
-        error.raw_os_error() == Some(libc::EBUSY) || error.kind() == io::ErrorKind::TimedOut
-    })
+    isolate::run(&[], limit, claim).is_err_and(|error| is_refusal(&error))
 }
 
 fn openers(roots: &HostRoots, family: &BTreeSet<String>) -> Vec<Opener> {

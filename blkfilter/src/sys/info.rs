@@ -20,6 +20,9 @@ mod ioctl {
     nix::ioctl_read_bad!(
         /// BLKROGET
         blk_ro_get, nix::request_code_none!(0x12, 94), nix::libc::c_int);
+    nix::ioctl_none_bad!(
+        /// BLKFLSBUF
+        blk_flsbuf, nix::request_code_none!(0x12, 97));
 }
 
 /// Size of a block device in bytes.
@@ -55,6 +58,16 @@ pub fn block_read_only(fd: BorrowedFd<'_>) -> io::Result<bool> {
     // SAFETY: the kernel writes one int to the pointer, which is valid for the call.
     unsafe { ioctl::blk_ro_get(fd.as_raw_fd(), &raw mut flag) }?;
     Ok(flag != 0)
+}
+
+/// Writes out and forgets what the kernel has cached of a block device.
+///
+/// # Errors
+/// When `fd` is no block device, or it takes no writes.
+pub fn forget_cached(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no argument; the descriptor is open for the call.
+    unsafe { ioctl::blk_flsbuf(fd.as_raw_fd()) }?;
+    Ok(())
 }
 
 /// Alignment direct I/O needs on this file, as the kernel tells since Linux 6.1.

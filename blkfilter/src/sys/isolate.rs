@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -36,6 +36,52 @@ pub fn run<T: Send + 'static>(
         Ok(called) => called,
         Err(RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
         Err(RecvTimeoutError::Disconnected) => Err(io::Error::other("the isolated call panicked")),
+    }
+}
+
+/// Something open on a thread of its own. Dropped, it is let go of, and nobody waits for that.
+#[derive(Debug)]
+pub struct Held {
+    let_go: Sender<()>,
+    gone: Receiver<()>,
+}
+
+/// Has a thread with no other descriptors make what `call` makes and keep it, and waits until it
+/// is there. After `limit` the thread is left to itself and lets go as soon as it can.
+///
+/// # Errors
+/// As [`run`].
+pub fn hold<T>(
+    limit: Duration,
+    call: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<Held> {
+    let (done, result) = channel();
+    let (let_go, told) = channel();
+    let (ended, gone) = channel();
+    let keep = move || match forget_descriptors(Vec::new()).and_then(|()| call()) {
+        Ok(held) => {
+            if done.send(Ok(())).is_ok() {
+                // Ends when the other side is dropped.
+                let _ = told.recv();
+            }
+            drop(held);
+            let _ = ended.send(());
+        }
+        Err(error) => drop(done.send(Err(error))),
+    };
+    thread::Builder::new().name("isolated".into()).spawn(keep)?;
+    match result.recv_timeout(limit) {
+        Ok(made) => made.map(|()| Held { let_go, gone }),
+        Err(RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
+        Err(RecvTimeoutError::Disconnected) => Err(io::Error::other("the isolated call panicked")),
+    }
+}
+
+impl Held {
+    /// Lets go, and returns whether that has happened within `limit`.
+    pub fn release(self, limit: Duration) -> bool {
+        drop(self.let_go);
+        self.gone.recv_timeout(limit).is_ok()
     }
 }
 
@@ -72,6 +118,20 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(20);
 
+    /// Nobody has the other end. A thread or a child of another test that just begins has a copy of
+    /// every descriptor for a moment.
+    fn assert_hung_up(ours: &mut UnixStream) {
+        let until = std::time::Instant::now() + LIMIT;
+        let error = loop {
+            match ours.write_all(b"x") {
+                Err(error) => break error,
+                Ok(()) => assert!(std::time::Instant::now() < until, "a copy was kept"),
+            }
+            thread::yield_now();
+        };
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
     #[test]
     fn the_call_has_the_kept_descriptors_and_no_others() {
         let (kept, other) = (File::open("/dev/null").unwrap(), File::open("/dev/null").unwrap());
@@ -92,8 +152,7 @@ mod tests {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         run(&[theirs.as_fd()], LIMIT, || Ok(())).unwrap();
         drop(theirs);
-        let error = ours.write_all(b"x").unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert_hung_up(&mut ours);
     }
 
     #[test]
@@ -104,8 +163,40 @@ mod tests {
         let error = run(&[], Duration::from_millis(50), hang).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         drop(theirs);
-        let error = ours.write_all(b"x").unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe, "the hanging thread kept a copy");
+        assert_hung_up(&mut ours);
         drop(release);
+    }
+
+    #[test]
+    fn what_is_held_stays_open_until_it_is_released() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let locked = {
+            let path = path.clone();
+            move || {
+                let file = File::create(path)?;
+                file.try_lock().map_err(io::Error::from).map(|()| file)
+            }
+        };
+        let held = hold(LIMIT, locked.clone()).unwrap();
+        let other = File::open(&path).unwrap();
+        assert!(other.try_lock().is_err(), "it is held");
+        assert_eq!(hold(LIMIT, locked).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert!(held.release(LIMIT));
+        other.try_lock().expect("it is free");
+    }
+
+    #[test]
+    fn what_comes_too_late_is_let_go() {
+        let (release, waited) = channel::<()>();
+        let (held, gone) = channel::<()>();
+        let late = move || {
+            let _ = waited.recv();
+            Ok(held)
+        };
+        let error = hold(Duration::from_millis(50), late).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(release);
+        assert_eq!(gone.recv_timeout(LIMIT), Err(RecvTimeoutError::Disconnected));
     }
 }

@@ -6,6 +6,7 @@ mod device;
 mod differential;
 mod files;
 mod grow;
+mod guard;
 mod host_cut;
 mod kernel;
 mod kernel_nbd;
@@ -41,6 +42,7 @@ pub const GROUPS: &[Group] = &[
     life::UBLK_GROUP,
     life::NBD_GROUP,
     slow_disk::GROUP,
+    guard::GROUP,
     views::GROUP,
     differential::GROUP,
     differential::OTHER_SERVER_GROUP,
@@ -49,8 +51,13 @@ pub const GROUPS: &[Group] = &[
 ];
 
 /// Several boots or machines each.
-pub const SCENARIOS: &[Scenario] =
-    &[cable::SCENARIO, host_cut::SCENARIO, power::SCENARIO, readme::SCENARIO, selftest::SCENARIO];
+pub const SCENARIOS: &[Scenario] = &[
+    cable::SCENARIO,
+    host_cut::SCENARIO,
+    power::SCENARIO,
+    readme::SCENARIO,
+    selftest::SCENARIO,
+];
 
 /// Steps that scenarios have the machines do: module and functions.
 pub const STEPS: &[(&str, &[Case])] = &[

@@ -46,6 +46,9 @@ pub enum KernelNbdError {
     /// The device was disconnected, but the kernel keeps it until its last user closes it.
     #[error("/dev/nbd{0} is still open; close what uses it (fuser -vm /dev/nbd{0})")]
     Busy(u32),
+    /// The device was not disconnected, because somebody uses it.
+    #[error("/dev/nbd{0} is in use: unmount it and close it first")]
+    InUse(u32),
     /// The device was disconnected by someone else.
     #[error("/dev/nbd{0} was disconnected by someone else; detach the volume and attach it again")]
     Gone(u32),

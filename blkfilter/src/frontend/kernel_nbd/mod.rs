@@ -51,7 +51,7 @@ use std::time::Duration;
 
 pub use error::{KernelNbdError, Unavailable};
 pub use place::Health;
-pub use server::{Server, available, existing, look, remove_stale};
+pub use server::{Server, available, existing, look, remove_stale, remove_stale_unused};
 
 /// Longest identifier in bytes.
 pub const MAX_IDENTIFIER: usize = 128;

@@ -16,6 +16,7 @@ use super::message::{Connect, Timeouts};
 use super::place::{Health, Places};
 use super::{Config, Existing, MAX_IDENTIFIER, SCAN_LIMIT, Support, Unavailable};
 use crate::device::{Device, DeviceInfo};
+use crate::frontend::claim::Claim;
 use crate::frontend::nbd::export_flags;
 
 /// Age at which the kernel looks after a request of a device with one connection; see the module.
@@ -86,8 +87,39 @@ pub fn remove_stale(
     if client.sysfs.identifier(number).as_deref() != Some(identifier) {
         return Ok(false);
     }
+    disconnect_left(&client, number, limit, None)
+}
+
+/// The same, unless somebody uses it: then it stays.
+///
+/// # Errors
+/// [`KernelNbdError::InUse`], and as [`remove_stale`].
+pub fn remove_stale_unused(
+    number: u32,
+    identifier: &str,
+    limit: Duration,
+) -> Result<bool, KernelNbdError> {
+    let client = Client::new()?;
+    if client.sysfs.identifier(number).as_deref() != Some(identifier) {
+        return Ok(false);
+    }
+    disconnect_left(&client, number, limit, claim(number)?)
+}
+
+fn disconnect_left(
+    client: &Client,
+    number: u32,
+    limit: Duration,
+    claim: Option<Claim>,
+) -> Result<bool, KernelNbdError> {
     client.disconnect(number, limit)?;
+    claim.into_iter().for_each(Claim::let_go);
     if client.wait_free(number, limit) { Ok(true) } else { Err(KernelNbdError::Busy(number)) }
+}
+
+/// From now on nobody can mount the device.
+fn claim(number: u32) -> Result<Option<Claim>, KernelNbdError> {
+    Claim::take(&node(number)).map_err(|_| KernelNbdError::InUse(number))
 }
 
 impl Server {
@@ -262,6 +294,18 @@ impl Server {
     /// # Errors
     /// [`KernelNbdError::Busy`] when someone has it open still, [`KernelNbdError::Hangs`].
     pub fn remove(self, grace: Duration) -> Result<(), KernelNbdError> {
+        self.end(grace, None)
+    }
+
+    /// The same, unless somebody has mounted the device or claimed it otherwise.
+    ///
+    /// # Errors
+    /// After [`KernelNbdError::InUse`] the device is served as before. Else as [`Self::remove`].
+    pub fn remove_unused(&self, grace: Duration) -> Result<(), KernelNbdError> {
+        self.end(grace, claim(self.number)?)
+    }
+
+    fn end(&self, grace: Duration, claim: Option<Claim>) -> Result<(), KernelNbdError> {
         self.places.keep_no_longer();
         let gone = self.places.health().gone;
         let asked =
@@ -269,6 +313,7 @@ impl Server {
         // After a goodbye in time nothing is left to answer. Otherwise this is what lets the
         // kernel go on.
         self.places.end(if asked.is_ok() { grace } else { Duration::ZERO });
+        claim.into_iter().for_each(Claim::let_go);
         if self.client.wait_free(self.number, FREE) {
             return Ok(());
         }

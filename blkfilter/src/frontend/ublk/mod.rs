@@ -41,4 +41,4 @@ pub use crate::sys::ublk::control::{help, use_helper};
 pub use error::UblkError;
 pub use existing::{DeviceState, State, existing, owner};
 pub use features::{Features, Unavailable, features};
-pub use server::{Config, Server, remove_stale};
+pub use server::{Config, Server, remove_stale, remove_stale_unused};

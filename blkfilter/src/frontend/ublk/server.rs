@@ -16,6 +16,7 @@ use super::features::{Features, Unavailable, features};
 use super::limits::{DEPTH, MAX_IO, MAX_IO_BUFFERED, QUEUES, SECTOR, params, size_in_sectors};
 use super::worker::{Failures, Workers};
 use crate::device::Device;
+use crate::frontend::claim::Claim;
 use crate::sys::isolate;
 use crate::sys::ublk::uapi::{Control, DevInfo, MAX_DEPTH, Params, attribute, feature, state};
 
@@ -131,7 +132,7 @@ impl Server {
     /// Its node.
     #[must_use]
     pub fn block_device(&self) -> PathBuf {
-        PathBuf::from(format!("/dev/ublkb{}", self.number))
+        node(self.number)
     }
 
     /// Whether it was taken over from a server before.
@@ -193,6 +194,21 @@ impl Server {
     /// After [`UblkError::InUse`] the device is served as before. After any other the device may be
     /// gone or not; call again, or [`remove_stale`] later.
     pub fn remove(&self, grace: Duration) -> Result<(), UblkError> {
+        self.end(grace, None)
+    }
+
+    /// The same, unless somebody has mounted the device or claimed it otherwise, whatever the
+    /// driver can.
+    ///
+    /// # Errors
+    /// As [`Self::remove`].
+    pub fn remove_unused(&self, grace: Duration) -> Result<(), UblkError> {
+        // A driver that refuses by itself would count us among the users.
+        let claim = if self.features.safe_stop() { None } else { claim(self.number)? };
+        self.end(grace, claim)
+    }
+
+    fn end(&self, grace: Duration, claim: Option<Claim>) -> Result<(), UblkError> {
         let mut held = self.lock();
         if let Some(workers) = held.as_ref() {
             workers.expect_removal(true);
@@ -220,6 +236,8 @@ impl Server {
                 return Err(UblkError::Queue { number: self.number, why });
             }
         }
+        // The driver's number is free only when nobody has the device open.
+        claim.into_iter().for_each(Claim::let_go);
         delete(self.number, grace)
     }
 
@@ -252,6 +270,32 @@ fn delete(number: u32, limit: Duration) -> Result<(), UblkError> {
 /// # Errors
 /// [`UblkError::NotOurs`], [`UblkError::Served`], or of the driver.
 pub fn remove_stale(number: u32, owner: u64, limit: Duration) -> Result<bool, UblkError> {
+    stop_left(number, owner, limit, || Ok(None))
+}
+
+/// The same, unless somebody uses it: then it stays.
+///
+/// # Errors
+/// [`UblkError::InUse`], and as [`remove_stale`].
+pub fn remove_stale_unused(number: u32, owner: u64, limit: Duration) -> Result<bool, UblkError> {
+    stop_left(number, owner, limit, || claim(number))
+}
+
+/// From now on nobody can mount the device.
+fn claim(number: u32) -> Result<Option<Claim>, UblkError> {
+    Claim::take(&node(number)).map_err(|_| UblkError::InUse { number })
+}
+
+fn node(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{number}"))
+}
+
+fn stop_left(
+    number: u32,
+    owner: u64,
+    limit: Duration,
+    claim: impl Fn() -> Result<Option<Claim>, UblkError>,
+) -> Result<bool, UblkError> {
     let deadline = Instant::now() + limit;
     loop {
         let found = driver::info(number, limit)?;
@@ -260,7 +304,9 @@ pub fn remove_stale(number: u32, owner: u64, limit: Duration) -> Result<bool, Ub
             Way::Refuse => return Err(UblkError::NotOurs { number }),
             Way::Replace => return delete(number, limit).map(|()| true),
             Way::Recover => {
+                let claim = claim()?;
                 driver::order(Control::StopDev, number, 0, limit)?;
+                claim.into_iter().for_each(Claim::let_go);
                 return delete(number, limit).map(|()| true);
             }
             Way::Wait if Instant::now() >= deadline => return Err(UblkError::Served { number }),

@@ -12,6 +12,7 @@ mod host;
 mod kernel;
 mod places;
 mod process;
+mod shipped;
 mod source;
 mod system;
 mod target;

@@ -8,6 +8,7 @@ use farshore_extent::WallTime;
 
 use super::finding::Finding;
 use super::host::Host;
+use super::shipped::{self, Installed, RULE};
 use crate::units;
 
 /// Start of 2025: an earlier clock was never set.
@@ -35,23 +36,44 @@ pub fn udev(host: &Host) -> Finding {
             "systemctl start systemd-udevd   # none in a container: nothing to do there",
         );
     }
-    let ours = RULES.into_iter().find_map(|dir| {
-        let entries = std::fs::read_dir(host.path(dir)).ok()?;
-        let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
-        names
-            .filter(|n| n.contains("farshore") && n.ends_with(".rules"))
-            .map(|n| format!("{dir}/{n}"))
-            .next()
-    });
-    match ours {
-        Some(rules) => Finding::ok(check, rules),
-        None => Finding::warning(
+    let again = "udevadm control --reload && udevadm trigger --subsystem-match=block";
+    let install =
+        || format!("# install {} of this release into /etc/udev/rules.d, then: {again}", RULE.name);
+    if let Some(old) = other_rules(host) {
+        return Finding::warning(
+            check,
+            format!("{old} is not a rule of this release, and works beside or against it"),
+            format!("rm {old} && {again}"),
+        );
+    }
+    match RULE.installed(host, &RULES) {
+        Installed::Same(rule) => Finding::ok(check, rule),
+        Installed::Other(rule) => Finding::warning(
+            check,
+            format!("{rule} is not the one of this release: the origin may stay visible"),
+            install(),
+        ),
+        Installed::Masked(rule) => Finding::warning(
+            check,
+            format!("our rule is switched off: the origin of a volume stays visible ({rule})"),
+            format!("rm {rule} && {again}"),
+        ),
+        Installed::Missing => Finding::warning(
             check,
             "runs without our rules: the origin of a volume stays visible under its UUID",
-            "# install 60-farshore.rules of this release into /etc/udev/rules.d, then: udevadm \
-             control --reload && udevadm trigger --subsystem-match=block",
+            install(),
         ),
     }
+}
+
+/// A rule of ours by another name, as other releases had it.
+fn other_rules(host: &Host) -> Option<String> {
+    RULES.into_iter().find_map(|dir| {
+        let entries = std::fs::read_dir(host.path(dir)).ok()?;
+        let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
+        let ours = |n: &String| n.contains("farshore") && n.ends_with(".rules") && n != RULE.name;
+        names.filter(ours).min().map(|name| format!("{dir}/{name}"))
+    })
 }
 
 /// A unit of systemd: installed, and started at boot.
@@ -64,15 +86,37 @@ pub fn unit(host: &Host, unit: &str) -> Finding {
             "# make the supervisor of this host run it, restarted without limit after 100 ms",
         );
     }
-    if !UNITS.iter().any(|dir| host.has(&format!("{dir}/{unit}"))) {
-        return Finding::warning(
-            check,
-            format!("{unit} is not installed: the daemon is not started at boot"),
-            format!(
-                "# install {unit} of this release into /etc/systemd/system, then: systemctl \
-                 enable --now {unit}"
-            ),
-        );
+    let shipped = shipped::UNITS.into_iter().find(|shipped| shipped.name == unit);
+    let installed = shipped.map_or(Installed::Missing, |unit| unit.installed(host, &UNITS));
+    match installed {
+        Installed::Same(_) => {}
+        Installed::Other(path) => {
+            return Finding::warning(
+                check,
+                format!("{path} is not the one of this release"),
+                format!(
+                    "# install {unit} of this release over it (own settings: systemctl edit {unit}), \
+                     then: systemctl daemon-reload && systemctl restart {unit}"
+                ),
+            );
+        }
+        Installed::Masked(path) => {
+            return Finding::warning(
+                check,
+                format!("{unit} is masked ({path}): the daemon is not started at boot"),
+                format!("systemctl unmask {unit} && systemctl enable --now {unit}"),
+            );
+        }
+        Installed::Missing => {
+            return Finding::warning(
+                check,
+                format!("{unit} is not installed: the daemon is not started at boot"),
+                format!(
+                    "# install {unit} of this release into /etc/systemd/system, then: systemctl \
+                     enable --now {unit}"
+                ),
+            );
+        }
     }
     let wanted = |dir: &str| {
         let entries = std::fs::read_dir(host.path(dir)).ok();
@@ -135,8 +179,16 @@ mod tests {
         assert!(udev(&machine.host).text.contains("does not run"));
         machine.put("/run/udev/control", "").put("/etc/udev/rules.d/70-other.rules", "");
         assert!(udev(&machine.host).text.contains("without our rules"));
-        machine.put("/usr/lib/udev/rules.d/60-farshore.rules", "");
+        let shipped = include_str!("../../udev/61-farshore.rules");
+        machine.put("/usr/lib/udev/rules.d/61-farshore.rules", shipped);
         assert_eq!(udev(&machine.host).state, State::Ok);
+        machine.put("/etc/udev/rules.d/61-farshore.rules", "# of an older release\n");
+        assert!(udev(&machine.host).text.contains("not the one of this release"), "/etc counts");
+        machine.put("/etc/udev/rules.d/61-farshore.rules", "");
+        assert!(udev(&machine.host).text.contains("switched off"));
+        machine.put("/etc/udev/rules.d/60-farshore.rules", "");
+        let fix = udev(&machine.host).fix.unwrap();
+        assert!(fix.starts_with("rm /etc/udev/rules.d/60-farshore.rules &&"), "{fix}");
     }
 
     #[test]
@@ -147,10 +199,17 @@ mod tests {
         assert!(look().text.contains("no systemd"));
         machine.put("/run/systemd/system/.keep", "");
         assert!(look().text.contains("not installed"));
-        machine.put("/lib/systemd/system/farshore-agent.service", "");
+        let shipped = include_str!("../../systemd/farshore-agent.service");
+        machine.put("/lib/systemd/system/farshore-agent.service", shipped);
         assert_eq!(look().fix.unwrap(), format!("systemctl enable --now {name}"));
         machine.put("/etc/systemd/system/multi-user.target.wants/farshore-agent.service", "");
         assert_eq!(look().state, State::Ok);
+        let own = "/etc/systemd/system/farshore-agent.service";
+        machine.put(own, "[Service]\nExecStart=/usr/bin/farshore agent --old\n");
+        assert!(look().text.contains(own) && look().fix.unwrap().contains("systemctl edit"));
+        std::fs::remove_file(machine.host.path(own)).unwrap();
+        std::os::unix::fs::symlink("/dev/null", machine.host.path(own)).unwrap();
+        assert!(look().fix.unwrap().starts_with("systemctl unmask"));
     }
 
     #[test]

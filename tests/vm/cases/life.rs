@@ -267,10 +267,10 @@ fn a_device_whose_volume_is_gone_is_removed_at_the_next_start(way: Way) {
 }
 
 /// filterd with the system's own directories, which the udev rules read.
-struct System(Child);
+pub(super) struct System(Child);
 
 impl System {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let mut command = Command::new(farshore_bin());
         let child = command.arg("filterd").stdin(Stdio::null()).spawn().expect("filterd");
         let socket = Paths::system().filterd_socket();
@@ -287,7 +287,7 @@ impl Drop for System {
     }
 }
 
-fn udev_property(device: &Path, name: &str) -> String {
+pub(super) fn udev_property(device: &Path, name: &str) -> String {
     let out = run("udevadm", &["info", "--query=property", text(device)]);
     let all = said(&out);
     let value = all.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix('='));

@@ -12,6 +12,7 @@ mod kernel;
 mod kernel_nbd;
 mod kills;
 mod life;
+mod origin;
 #[path = "../../../benches/load/plain.rs"]
 mod plain;
 mod power;
@@ -43,6 +44,7 @@ pub const GROUPS: &[Group] = &[
     life::NBD_GROUP,
     slow_disk::GROUP,
     guard::GROUP,
+    origin::GROUP,
     views::GROUP,
     differential::GROUP,
     differential::OTHER_SERVER_GROUP,

@@ -19,6 +19,7 @@ use crate::{Group, case_list};
 pub const GROUP: Group = Group {
     name: "views",
     cases: case_list![
+        a_view_is_no_device_where_the_kernel_has_no_driver,
         a_point_on_the_kernels_nbd_client_is_a_whole_file_system,
         a_view_outlives_its_device_of_the_kernels_nbd_client,
         a_point_on_ublk_is_a_whole_file_system_until_it_is_closed,
@@ -120,6 +121,23 @@ fn assert_gone(device: &Path) {
         let size = fs::read_to_string(&size).unwrap_or_default();
         matches!(size.trim(), "" | "0").then_some(())
     });
+}
+
+/// The first case: nothing has loaded a driver yet.
+fn a_view_is_no_device_where_the_kernel_has_no_driver() {
+    let bed = Bed::new();
+    // What the kernel calls when it lacks a driver.
+    let loader = "/proc/sys/kernel/modprobe";
+    let usual = fs::read_to_string(loader).expect("the loader");
+    fs::write(loader, "/bin/false").expect("no loader");
+    let out = bed.try_open(&[]);
+    fs::write(loader, usual.trim()).expect("the usual loader");
+    let why = said(&out);
+    assert_eq!(out.status.code(), Some(1), "{why}");
+    for word in ["FS-6606", "by ublk", "by the kernel's NBD client", "modprobe"] {
+        assert!(why.contains(word), "{word} is missing: {why}");
+    }
+    assert!(bed.views().is_empty(), "nothing is left open");
 }
 
 fn a_point_on_the_kernels_nbd_client_is_a_whole_file_system() {

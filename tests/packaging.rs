@@ -48,6 +48,11 @@ fn a_unit_never_gives_filterd_a_mount_namespace_or_keeps_block_devices_from_it()
         let found = settings.iter().find(|l| l.starts_with(forbidden));
         assert!(found.is_none(), "{found:?}");
     }
+    // At a shutdown these stop filterd before what lies on its volumes is unmounted.
+    for stops in ["Requires", "BindsTo=", "PartOf=", "Conflicts=", "StateDirectory="] {
+        let found = settings.iter().find(|l| l.starts_with(stops));
+        assert!(found.is_none(), "{found:?}");
+    }
     for needed in ["Restart=always", "RestartSec=100ms", "StartLimitIntervalSec=0"] {
         assert!(settings.contains(&needed), "{needed}");
     }

@@ -1,6 +1,8 @@
 //! Executes what the session core decides: starts and feeds the threads, owns the connection, and
 //! turns everything that happens into events. Decides nothing about the log itself.
 
+mod drain;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -72,6 +74,8 @@ pub(crate) struct Driver {
     leftovers: Leftovers,
     points: Points,
     volumes: BTreeMap<VolumeId, VolumeStatus>,
+    /// How often filterd has listed them.
+    listings: u64,
     reporter: Reporter,
     filterd_problem: Option<Problem>,
     renewing: Option<NewKey>,
@@ -114,6 +118,7 @@ impl Driver {
             line,
             points: Points::default(),
             volumes: BTreeMap::new(),
+            listings: 0,
             reporter: Reporter::default(),
             filterd_problem: None,
             renewing: None,
@@ -188,6 +193,7 @@ impl Driver {
                 self.show();
             }
             Input::Filterd(FromFilterd::Volumes(volumes, recorded)) => {
+                self.listings += 1;
                 self.listed(volumes, &recorded).await;
                 self.leftovers.sweep(&recorded);
             }

@@ -51,6 +51,12 @@ pub const PEER_TIMEOUT: Duration = Duration::from_secs(20);
 /// Dial, TLS and handshake together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long an orderly stop goes on shipping what filterd holds.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Between two looks at it.
+pub const DRAIN_LOOK: Duration = Duration::from_millis(20);
+
 /// How long an orderly stop waits for acknowledgements.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 

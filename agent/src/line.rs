@@ -48,6 +48,8 @@ pub type Sink = Box<dyn Fn(FromFilterd) + Send>;
 struct Work {
     releases: BTreeMap<VolumeId, Lsn>,
     markers: VecDeque<(Purpose, MarkerRequest)>,
+    /// List the volumes at once.
+    look: bool,
     exit: bool,
 }
 
@@ -90,6 +92,12 @@ impl Line {
         self.shared.changed.notify_all();
     }
 
+    /// Lists the volumes at once.
+    pub fn look(&self) {
+        self.shared.lock().look = true;
+        self.shared.changed.notify_all();
+    }
+
     /// Cuts a marker; answered by [`FromFilterd::Marked`]. False when too many wait.
     #[must_use]
     pub fn mark(&self, purpose: Purpose, request: MarkerRequest) -> bool {
@@ -124,7 +132,7 @@ impl Worker {
     fn run(mut self) {
         let mut next_list = Instant::now();
         loop {
-            let (releases, markers, exit) = self.wait(next_list);
+            let Work { releases, markers, look, exit } = self.wait(next_list);
             for (purpose, request) in markers {
                 let result = self.call(|c| c.marker(request));
                 (self.sink)(FromFilterd::Marked(purpose, result));
@@ -133,7 +141,7 @@ impl Worker {
             if exit {
                 return;
             }
-            if next_list <= Instant::now() {
+            if look || next_list <= Instant::now() {
                 next_list = Instant::now() + LIST_INTERVAL;
                 let listed = self.call(|c| Ok((c.list()?, c.recorded()?)));
                 let report = match listed {
@@ -151,16 +159,15 @@ impl Worker {
         }
     }
 
-    #[allow(clippy::type_complexity)] // the parts of Work, taken
-    fn wait(
-        &self,
-        until: Instant,
-    ) -> (BTreeMap<VolumeId, Lsn>, VecDeque<(Purpose, MarkerRequest)>, bool) {
+    /// Takes the work that there is; `exit` stays.
+    fn wait(&self, until: Instant) -> Work {
         let limit = until.saturating_duration_since(Instant::now());
-        let idle = |w: &mut Work| !w.exit && w.markers.is_empty() && w.releases.is_empty();
+        let idle =
+            |w: &mut Work| !w.exit && !w.look && w.markers.is_empty() && w.releases.is_empty();
         let guard = self.shared.changed.wait_timeout_while(self.shared.lock(), limit, idle);
         let (mut work, _) = guard.unwrap_or_else(PoisonError::into_inner);
-        (std::mem::take(&mut work.releases), std::mem::take(&mut work.markers), work.exit)
+        let exit = work.exit;
+        std::mem::replace(&mut work, Work { exit, ..Work::default() })
     }
 
     fn release(&mut self, releases: BTreeMap<VolumeId, Lsn>) {

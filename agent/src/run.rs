@@ -15,15 +15,15 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::config::Config;
 use crate::driver::Driver;
 use crate::identity::Identity;
-use crate::limits::{CHANNEL, STOP_TIMEOUT};
+use crate::limits::{CHANNEL, DRAIN_LOOK, DRAIN_TIMEOUT, STOP_TIMEOUT};
 use crate::status::{self, Board};
 use crate::{durable_fs, problem};
 
 /// Runs the agent until `shutdown` is ready: ships every volume that `filterd` protects. A lost
 /// target, `filterd` or network is waited for. Needs tokio's multi-thread runtime, no privileges.
 ///
-/// At the end what was sent may still be acknowledged for a few seconds; nothing is lost in any
-/// case.
+/// At the end what filterd holds is still shipped, and acknowledged, for a few seconds; nothing is
+/// lost in any case.
 ///
 /// # Errors
 /// Only at the start: FS-5201 and FS-5204 (not enrolled, identity unusable), FS-5205 (files),
@@ -62,6 +62,15 @@ pub async fn run(
         }
         // Cheap, and a loaded channel must not keep the clock from being looked at.
         driver.tick().await;
+    }
+    // At a shutdown the last unmount has just written, and nothing comes after it: with that at the
+    // target the volume is clean.
+    let (limit, mut calm) = (Instant::now() + DRAIN_TIMEOUT, driver.calm());
+    while !driver.drain(&mut calm).await && Instant::now() < limit {
+        tokio::select! {
+            Some(input) = inputs.recv() => driver.take(input).await,
+            () = sleep(DRAIN_LOOK) => {}
+        }
     }
     driver.stop().await;
     let limit = Instant::now() + STOP_TIMEOUT;

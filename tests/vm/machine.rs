@@ -24,6 +24,8 @@ pub struct Spec<'a> {
     pub cable: Option<(&'a Path, usize, &'a str)>,
     pub memory_mib: u32,
     pub cpus: u8,
+    /// With systemd as its first process: the shell script that sets its root up before.
+    pub systemd: Option<&'a str>,
 }
 
 /// A running machine. Dropping it cuts its power.
@@ -75,6 +77,11 @@ impl Machine {
             "console=ttyS0 quiet nowatchdog no_timer_check mitigations=off panic=-1 {}",
             guest::CMDLINE_MARK
         );
+        if let Some(script) = spec.systemd {
+            fs::write(out.join("before-systemd"), script).expect("script");
+            append += " TERM=dumb systemd.show_status=1 systemd.condition-needs-update=0";
+            append += " systemd.unit=farshore-test.target";
+        }
         if let Some((_, _, address)) = spec.cable {
             append += &format!(" farshore.address={address}");
         }
@@ -200,6 +207,20 @@ impl Machine {
             pause(Duration::from_millis(50));
         }
         Ok(())
+    }
+
+    /// Waits until the machine has shut itself down, or begun to boot again, which ends it too.
+    /// Returns what it said on its console.
+    pub fn wait_off(mut self, limit: Duration) -> Result<String, String> {
+        let end = Instant::now() + limit;
+        while self.qemu.try_wait().expect("wait for QEMU").is_none() {
+            if Instant::now() > end {
+                return Err(format!("it does not go down\n{}", self.console()));
+            }
+            pause(Duration::from_millis(50));
+        }
+        let all = fs::read(self.dir.join("console.log")).unwrap_or_default();
+        self.kernel_trouble().map_or_else(|| Ok(String::from_utf8_lossy(&all).into_owned()), Err)
     }
 
     /// The power goes: the machine is dead at once, and with it what the volatile caches of its

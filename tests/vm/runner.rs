@@ -53,9 +53,23 @@ impl Lab {
 
     /// Boots a machine. One of the same name that ran before has left its disks.
     pub fn boot(&self, name: &str, disks: &[Disk]) -> Result<Machine, String> {
-        let kernel = &self.kernel;
-        let spec = Spec { kernel, disks, cable: None, memory_mib: MEMORY_MIB, cpus: self.cpus };
-        Machine::boot(&self.dir.join(name), &spec)
+        Machine::boot(&self.dir.join(name), &Spec { disks, ..self.spec() })
+    }
+
+    /// The same with systemd. The root is as new at each boot: `before`, a shell script, sets it up.
+    pub fn boot_systemd(
+        &self,
+        name: &str,
+        disks: &[Disk],
+        before: &str,
+    ) -> Result<Machine, String> {
+        let systemd = Some(before);
+        Machine::boot(&self.dir.join(name), &Spec { disks, systemd, ..self.spec() })
+    }
+
+    fn spec(&self) -> Spec<'_> {
+        let (kernel, cpus, memory_mib) = (&self.kernel, self.cpus, MEMORY_MIB);
+        Spec { kernel, disks: &[], cable: None, memory_mib, cpus, systemd: None }
     }
 
     /// Boots one of two machines that a cable joins; `side` is 0 or 1, `address` its own, with the
@@ -68,9 +82,7 @@ impl Lab {
         address: &str,
     ) -> Result<Machine, String> {
         let cable = Some((self.sockets.path(), side, address));
-        let (kernel, cpus) = (&self.kernel, self.cpus);
-        let spec = Spec { kernel, disks, cable, memory_mib: MEMORY_MIB, cpus };
-        Machine::boot(&self.dir.join(name), &spec)
+        Machine::boot(&self.dir.join(name), &Spec { disks, cable, ..self.spec() })
     }
 }
 

@@ -43,6 +43,7 @@ pub fn parse(text: &str, name: &str, paths: &Paths) -> Result<Config, Problem> {
     let file: File = parse_toml(text, name)?;
     let mut config = Config::new(paths.state.join("filterd"), paths.run.clone());
     config.control_socket = paths.filterd_socket();
+    config.marker = Some(paths.etc.join("protected"));
     file.pool.into_iter().for_each(|v| config.pool_bytes = v.bytes());
     file.copy_rate.into_iter().for_each(|v| config.copy_rate = v.bytes_per_second());
     file.queues.into_iter().for_each(|v| config.queues = v);

@@ -14,6 +14,9 @@ use crate::sys::ring::Engine;
 pub struct Config {
     /// Durable state; made when it is missing. Must not lie on a protected volume.
     pub state: PathBuf,
+    /// A file outside of the state that tells that there is one, so that it is missed when its
+    /// file system is not mounted; none: it is not.
+    pub marker: Option<PathBuf>,
     /// Sockets, with NBD servers in `nbd/` below, and `devices/` and `origins/` for udev.
     pub run: PathBuf,
     /// The control socket.
@@ -47,6 +50,7 @@ impl Config {
         let control_socket = run.join("filterd.sock");
         Self {
             state,
+            marker: None,
             run,
             control_socket,
             access: Access::default(),

@@ -10,6 +10,7 @@ use farshore_extent::{Problem, VolumeName};
 use super::attached::Ground;
 use super::attaching::Attaching;
 use super::config::Config;
+use super::marker;
 use super::names::Names;
 use super::namespace::{self, Guard, OwnDevices};
 use super::problem;
@@ -46,7 +47,7 @@ impl Daemon {
     /// Raises the epoch, attaches the volumes on record and listens.
     ///
     /// # Errors
-    /// FS-2030 to FS-2034: the state directory or the control socket cannot be used. A volume that
+    /// FS-2030 to FS-2034 and FS-2039: the state directory or the control socket cannot be used. A volume that
     /// cannot be attached is no such error; the log tells.
     pub fn start(config: Config) -> Result<Self, Problem> {
         // First of all: threads that exist already would stay outside.
@@ -56,6 +57,9 @@ impl Daemon {
         }
         durable_fs::create_directory(&config.run, 0o755)
             .map_err(|e| problem::socket(&config.run, &e))?;
+        if let Some(marker) = &config.marker {
+            marker::check(marker, &config.state)?;
+        }
         let state = StateDir::open(&config.state)?;
         let (records, problems) = state.volumes()?;
         for problem in problems {
@@ -80,6 +84,7 @@ impl Daemon {
             lingering: Arc::default(),
         };
         let service = Arc::new(Service::new(ground, records).map_err(failed)?);
+        service.keep_marker();
         let attaching = Attaching::start(&service).map_err(failed)?;
         let sweeper = Arc::clone(&service);
         Builder::new().name("sweep".into()).spawn(move || sweeper.sweep()).map_err(failed)?;

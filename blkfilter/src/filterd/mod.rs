@@ -11,6 +11,7 @@ mod config;
 mod daemon;
 mod filtering;
 mod grow;
+mod marker;
 mod names;
 mod namespace;
 mod problem;

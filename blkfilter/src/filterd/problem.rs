@@ -37,6 +37,25 @@ pub(super) fn state_in_use(path: &Path) -> Problem {
     )
 }
 
+/// The state of a host with protected volumes is missing.
+pub(super) fn no_state(state: &Path, marker: &Path) -> Problem {
+    Problem::harmless(
+        2039,
+        format!("filterd does not find its state in {}", state.display()),
+        format!(
+            "{} says that volumes of this host are protected: the file system with their records is \
+             not mounted, or the records were removed",
+            marker.display()
+        ),
+        format!(
+            "mount it (`findmnt --fstab` shows what belongs there) and start filterd again; if the \
+             records are lost for good, remove {} and protect the volumes again",
+            marker.display()
+        ),
+    )
+    .with_risk("the volumes are not served until then; nothing was changed")
+}
+
 pub(super) fn damaged(path: &Path, error: impl Display) -> Problem {
     Problem::harmless(
         2032,

@@ -12,6 +12,7 @@ use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName};
 use super::attached::{Attached, Ground, open};
 use super::attaching::Missing;
 use super::choice::{Impossible, choose};
+use super::marker;
 use super::problem;
 use super::state::{Front, VolumeRecord, VolumeState};
 use super::turns::Turns;
@@ -193,6 +194,16 @@ impl Service {
         let mut others: Vec<Front> = self.all().iter().map(|v| v.record().front).collect();
         others.extend(lock(&self.missing).iter().map(|m| m.record.front.clone()));
         self.ground.free_front(&request.name, kind, others)
+    }
+
+    /// Has the marker outside of the state say whether there are volumes.
+    pub(super) fn keep_marker(&self) {
+        let Ground { config, state, .. } = &self.ground;
+        if let Some(marker) = &config.marker {
+            marker::keep(marker, &config.state, || {
+                state.recorded().map_or(true, |all| !all.is_empty())
+            });
+        }
     }
 
     fn unprotect(&self, name: &VolumeName, force: bool) -> Result<(), Problem> {
@@ -391,10 +402,15 @@ impl Serve for Service {
         let reply = match request {
             Request::List => Reply::Volumes(self.all().iter().filter_map(|v| v.status()).collect()),
             Request::Recorded => Reply::Recorded(self.ground.state.recorded()?),
-            Request::Protect(request) => Reply::Protected(self.protect(&request)?),
+            Request::Protect(request) => {
+                let info = self.protect(&request)?;
+                self.keep_marker();
+                Reply::Protected(info)
+            }
             Request::Preflight(request) => Reply::Preflight(self.preflight(&request)),
             Request::Unprotect { name, force } => {
                 self.unprotect(&name, force)?;
+                self.keep_marker();
                 Reply::Done
             }
             Request::Grow { name, dry_run } => Reply::Grown(self.grow(&name, dry_run)?),

@@ -20,6 +20,9 @@ use crate::backing::Identity;
 use crate::core::Start;
 use crate::durable_fs;
 
+/// Made by the first start, and there ever after.
+pub(super) const EPOCH_FILE: &str = "epoch.json";
+
 /// Version of the epoch file.
 const EPOCH_VERSION: u32 = 1;
 
@@ -101,7 +104,7 @@ impl StateDir {
 
     /// Raises the epoch above every one used before, durably.
     pub(super) fn raise_epoch(&self, records: &[VolumeRecord]) -> Result<Epoch, Problem> {
-        let path = self.path.join("epoch.json");
+        let path = self.path.join(EPOCH_FILE);
         let failed = |e: io::Error| problem::state(&path, &e);
         let stored = match fs::read(&path) {
             Ok(bytes) => match serde_json::from_slice::<EpochFile>(&bytes) {

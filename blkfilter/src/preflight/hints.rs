@@ -156,7 +156,7 @@ fn fstab(roots: &HostRoots, name: &VolumeName, all: &[Contents]) -> Vec<Hint> {
             what: format!("/etc/fstab mounts {spec} on {at}: at boot that may be the origin"),
             next: format!(
                 "# put there: {ours}{suffix} {at} {kind} \
-                 {options},x-systemd.requires=farshore-filterd.service 0 2"
+                 {options},_netdev,x-systemd.after=farshore-filterd.service 0 2"
             ),
         })
     });
@@ -268,7 +268,7 @@ mod tests {
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].what.contains("on /srv"));
         let line = "/dev/farshore/pgdata /srv xfs \
-                    noatime,x-systemd.requires=farshore-filterd.service";
+                    noatime,_netdev,x-systemd.after=farshore-filterd.service";
         assert!(found[0].next.contains(line), "{}", found[0].next);
     }
 

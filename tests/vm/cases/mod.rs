@@ -20,6 +20,7 @@ mod ratios;
 mod readme;
 mod selftest;
 mod slow_disk;
+mod systemd;
 mod ublk_front;
 mod verify;
 mod views;
@@ -59,6 +60,7 @@ pub const SCENARIOS: &[Scenario] = &[
     power::SCENARIO,
     readme::SCENARIO,
     selftest::SCENARIO,
+    systemd::SCENARIO,
 ];
 
 /// Steps that scenarios have the machines do: module and functions.
@@ -68,5 +70,6 @@ pub const STEPS: &[(&str, &[Case])] = &[
     ("kernel_nbd", kernel_nbd::STEPS),
     ("power", power::STEPS),
     ("selftest", selftest::STEPS),
+    ("systemd", systemd::STEPS),
     ("ublk_front", ublk_front::STEPS),
 ];

@@ -100,7 +100,9 @@ impl Contents {
                     .to_owned(),
                 format!(
                     "lvmdevices --deldev {node}; lvmdevices --adddev {ours}   # without a devices \
-                     file: global_filter = [ \"r|^{node}|\", \"a|.*|\" ] in /etc/lvm/lvm.conf"
+                     file: global_filter = [ \"r|^{node}|\", \"r|^/dev/disk/|\", \
+                     \"r|^/dev/block/|\", \"a|.*|\" ] in \
+                     /etc/lvm/lvm.conf"
                 ),
             ),
             "btrfs" if self.members > 1 => (

@@ -90,7 +90,9 @@ fn a_volume_group_is_activated_on_the_protected_device() {
     run("vgcreate", &["-q", "vg0", text(&disk)]);
     run("lvcreate", &["-q", "-y", "-Wn", "-an", "-l", "4", "-n", "lv0", "vg0"]);
     let volume = Protected::new("lvm", "LVM2_member", "physical volume of LVM");
-    let filter = format!("devices {{ global_filter = [ \"r|^{}$|\", \"a|.*|\" ] }}", text(&disk));
+    let others = r#""r|^/dev/disk/|", "r|^/dev/block/|", "a|.*|""#;
+    let rules = format!("\"r|^{}$|\", {others}", text(&disk));
+    let filter = format!("devices {{ global_filter = [ {rules} ] }}");
     let list = ["--config", &filter, "--noheadings", "-o", "pv_name"];
     let found = said(&run("pvs", &list));
     assert_eq!(found.split_whitespace().collect::<Vec<_>>(), [text(&volume.device)]);
@@ -122,11 +124,12 @@ fn an_array_is_assembled_from_the_protected_device() {
     guest::load("raid1");
     let create = ["--create", "/dev/md7", "--level=1", "--raid-devices=2", "--metadata=1.2"];
     run("mdadm", &[&create[..], &["--run", "--quiet", text(&disk), "missing"]].concat());
+    fs::create_dir_all("/etc/mdadm").expect("/etc/mdadm");
+    fs::write("/etc/mdadm/mdadm.conf", "DEVICE /dev/farshore/*\n").expect("mdadm.conf");
     run("mdadm", &["--stop", "--quiet", "/dev/md7"]);
     let volume = Protected::new("md", "linux_raid_member", "member of an md array");
-    fs::write("/vm/scratch/mdadm.conf", "DEVICE /dev/farshore/*\n").expect("mdadm.conf");
     // udev may have assembled it already, from ours: then there is nothing left to do.
-    let assemble = ["--assemble", "--scan", "--run", "--config=/vm/scratch/mdadm.conf"];
+    let assemble = ["--assemble", "--scan", "--run"];
     std::process::Command::new("mdadm").args(assemble).output().expect("mdadm");
     let array = wait_for("the array", Duration::from_secs(30), || {
         let arrays = fs::read_dir("/sys/block").ok()?.flatten().map(|e| e.file_name());

@@ -11,6 +11,8 @@ use std::time::Duration;
 use farshore::disk::Place;
 use farshore::ledger::{Bounds, Instant, Ledger, Workload};
 use farshore::nbd_client::NbdClient;
+use farshore_blkfilter::control::Client;
+use farshore_blkfilter::volume_state::{FileMedium, Found, Left, StateFile, Stored};
 use farshore_extent::PointId;
 use farshore_protocol::admin::PointChoice;
 use harness::{Site, assert_same_bytes, chance, kills, pause, wait_for};
@@ -91,6 +93,64 @@ fn kill_9_of_agent_and_target_under_load_loses_nothing_and_no_point_is_wrong() {
     let view = site.open("disk", PointChoice::Id(end.point));
     let copy = site.fetch_view(&view, "end.img");
     assert_same_bytes(&image, &copy, "source and the last point differ");
+}
+
+/// Regions that the state files of filterd below `root` say may differ; none: they say nothing.
+fn regions_that_may_differ(site: &Site) -> Option<u64> {
+    let volumes = site.paths.state.join("filterd/volumes");
+    let entry = std::fs::read_dir(volumes)
+        .ok()?
+        .flatten()
+        .find(|entry| entry.path().extension().is_some_and(|end| end == "state"))?;
+    let stem = entry.path().file_stem()?.to_str()?.to_owned();
+    let medium = FileMedium::new(entry.path().parent()?, &stem);
+    match StateFile::new(medium).load(stem.parse().ok()?) {
+        Found::Stored(Stored { left: Left::Regions { set, .. }, .. }) => Some(set.count()),
+        Found::Stored(_) | Found::Nothing | Found::Damaged(_) => None,
+    }
+}
+
+#[test]
+fn kill_9_of_filterd_under_load_sends_only_what_may_differ() {
+    // 256 regions, of which the load writes four.
+    const LARGE: u64 = 4 << 30;
+    let site = Site::new();
+    let harness::Daemons { target: _target, filterd, agent: _agent } = site.start_all();
+    let (image, _) = site.protect("disk", LARGE, "200ms");
+    site.wait_protected("disk");
+    wait_for("the copied regions to be cleared", Duration::from_secs(30), || {
+        regions_that_may_differ(&site).filter(|set| *set == 0)
+    });
+    let before = site.tag("disk", "before");
+    let ledger = Arc::new(Ledger::new(0, 64 << 20));
+    let workload = Workload {
+        place: Place::Nbd { socket: site.paths.run.join("nbd/disk.sock"), export: "disk".into() },
+        writers: 2,
+        depth: 8,
+        bytes_per_second: 12 << 20,
+        seed: 3,
+    };
+    let running = workload.start(&ledger).expect("the workload starts");
+    pause(Duration::from_secs(1));
+    filterd.kill();
+    // Its clients lose their connection; that is what this test does to them.
+    drop(running.finish());
+    let set = regions_that_may_differ(&site).expect("the map is kept");
+    assert!((1..=8).contains(&set), "{set} regions of 256 may differ");
+
+    let _filterd = site.start_filterd();
+    wait_for("order to be restored", Duration::from_secs(60), || {
+        site.points("disk").into_iter().find(|p| p.lsn.epoch > before.lsn.epoch)
+    });
+    let mut client = Client::connect(&site.paths.filterd_socket()).expect("filterd answers");
+    let copied = client.list().expect("list").remove(0).copy.total_bytes;
+    assert!(copied > 0 && copied <= set * (16 << 20), "{copied} bytes were sent again");
+    let end = site.tag("disk", "end");
+    let view = site.open("disk", PointChoice::Id(end.point));
+    let copy = site.fetch_view(&view, "end.img");
+    assert_same_bytes(&image, &copy, "source and replica differ after a kill of filterd");
+    site.close(&view);
+    prove(&site, &ledger, before.point, Bounds::ANY);
 }
 
 #[test]

@@ -19,3 +19,4 @@ pub mod frontend;
 pub mod pool;
 pub mod preflight;
 pub mod sys;
+pub mod volume_state;

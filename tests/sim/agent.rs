@@ -14,9 +14,10 @@ use farshore_extent::{BlockSizes, CaptureOrder, Lsn, Problem, VolumeId, VolumeNa
 use farshore_protocol::message::FromTarget;
 
 use crate::coverage::{Coverage, Seen};
+use crate::disk::Disk;
 use crate::link::{Link, ToTarget};
 use crate::rng::Rng;
-use crate::source::{Disk, Source};
+use crate::source::Source;
 use crate::spool::SimSpool;
 
 /// The media of the spools; they survive the agent.

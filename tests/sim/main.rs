@@ -7,8 +7,10 @@
 
 mod agent;
 mod coverage;
+mod disk;
 mod link;
 mod oracle;
+mod restart;
 mod rng;
 mod source;
 mod spool;
@@ -134,6 +136,9 @@ planted! {
     finds_a_marker_before_its_gate: core.marker_before_gate;
     finds_a_copy_without_lock: core.copy_without_lock;
     finds_a_bit_cleared_before_the_read: core.clear_bit_before_read_recorded;
+    finds_a_write_before_its_bit: core.intent_not_waited_for;
+    finds_a_bit_cleared_without_flush: core.intent_cleared_without_flush;
+    finds_a_bit_cleared_before_the_release: core.intent_cleared_before_release;
     finds_pool_room_given_out_twice: core.reuse_pool_before_release;
     finds_a_new_part_that_is_not_sent: core.new_part_not_sent;
     finds_a_release_before_the_ack: session.release_before_ack;

@@ -9,46 +9,36 @@ use std::collections::BTreeMap;
 
 use farshore_blkfilter::control::Descriptor;
 use farshore_blkfilter::core::{
-    Action, Attach, Backing, Buffer, CaptureCore, CopyEnd, Event, Faults, HoldEnd, IoKey, Limits,
-    MarkerSpec, Now, Outcome, PoolSlot, QueueId, Start, Token, VolumeKey,
+    Action, Backing, Buffer, CaptureCore, CopyEnd, Event, Faults, HoldEnd, IoKey, Limits,
+    MarkerSpec, Now, Outcome, QueueId, Token,
 };
 use farshore_blkfilter::device::DeviceError;
 use farshore_extent::{
-    BlockSizes, CaptureOrder, ChunkSize, Epoch, Extent, GroupId, Lsn, MarkerId, PointKind, SECTOR,
-    VolumeId, VolumeSize, WallTime,
+    CaptureOrder, Epoch, Extent, GroupId, Lsn, MarkerId, PointKind, SECTOR, VolumeId, WallTime,
 };
 
 use crate::coverage::{Coverage, Seen};
-use crate::oracle::{Content, Oracle, content_of, sector_bytes, sectors};
+use crate::disk::{Disk, Unflushed};
+use crate::oracle::{Content, content_of, sector_bytes, sectors};
 use crate::rng::Rng;
 
 const GUEST: QueueId = QueueId(0);
 const COPIER: QueueId = QueueId(1);
 
-/// A volume of the source: medium, pool and what is true of it.
-pub struct Disk {
-    pub id: VolumeId,
-    pub size: VolumeSize,
-    pub oracle: Oracle,
-    medium: Vec<Content>,
-    pool: Vec<u8>,
-    key: Option<VolumeKey>,
-    copying: bool,
-    copy_wanted: bool,
-}
-
 /// An operation of a guest or of the copy loop, from submission to its end.
-struct InFlight {
+pub struct InFlight {
     disk: usize,
     io: IoKey,
     token: Token,
     what: Backing,
-    applied: bool,
+    pub applied: bool,
     fails: bool,
+    /// A flush: writes that had completed when it began.
+    covers: Vec<u64>,
 }
 
 /// What a guest remembers of a request it has made.
-struct Asked {
+pub struct Asked {
     disk: usize,
     content: Vec<Content>,
     /// The highest number among the writes it had seen answered.
@@ -58,7 +48,7 @@ struct Asked {
 }
 
 /// A hold of the gate that is on.
-struct Held {
+pub struct Held {
     marker: MarkerId,
     at: Lsn,
 }
@@ -67,17 +57,18 @@ struct Held {
 pub struct Source {
     pub core: CaptureCore,
     pub disks: Vec<Disk>,
-    limits: Limits,
-    epoch: Epoch,
+    pub(crate) limits: Limits,
+    pub(crate) epoch: Epoch,
     now_ms: u64,
-    in_flight: Vec<InFlight>,
-    asked: BTreeMap<Token, Asked>,
-    spares: BTreeMap<Token, Vec<u8>>,
+    pub(crate) in_flight: Vec<InFlight>,
+    pub(crate) asked: BTreeMap<Token, Asked>,
+    pub(crate) spares: BTreeMap<Token, Vec<u8>>,
     answered: Lsn,
-    held: Option<Held>,
+    pub(crate) held: Option<Held>,
     next_token: u64,
     next_content: Content,
-    actions: Vec<Action>,
+    next_write: u64,
+    pub(crate) actions: Vec<Action>,
 }
 
 const POOL_ALIGN: u64 = 512;
@@ -107,9 +98,10 @@ impl Source {
             held: None,
             next_token: 1,
             next_content: 1,
+            next_write: 1,
             actions: Vec::new(),
         };
-        source.attach(None);
+        source.attach(rng, &mut Coverage::default());
         source
     }
 
@@ -120,50 +112,6 @@ impl Source {
 
     pub fn pass(&mut self, ms: u64) {
         self.now_ms += ms;
-    }
-
-    fn attach(&mut self, clean: Option<Lsn>) {
-        let now = self.now();
-        for disk in &mut self.disks {
-            let start = match clean {
-                Some(_) => Start::Continues { last: clean.unwrap_or_default() },
-                None => Start::Copy { reason: "unclean start".into() },
-            };
-            let attach = Attach {
-                volume: disk.id,
-                size: disk.size,
-                blocks: BlockSizes::E512,
-                chunk: ChunkSize::tiny(2048),
-                pool_bytes: disk.pool.len() as u64,
-                start,
-            };
-            disk.key = Some(self.core.attach(now, attach, &mut self.actions).expect("attach"));
-            disk.copying = false;
-            disk.copy_wanted = true;
-        }
-        self.actions.clear();
-    }
-
-    /// Power of the process is cut: what was applied stays on the medium, the rest never happened;
-    /// a new run copies everything.
-    pub fn crash(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
-        coverage.saw(Seen::SourceCrash);
-        for index in 0..self.in_flight.len() {
-            if !self.in_flight[index].applied && rng.chance(500) {
-                self.apply(index, rng);
-            }
-        }
-        self.in_flight.clear();
-        self.asked.clear();
-        self.spares.clear();
-        self.held = None;
-        self.epoch = self.epoch.next();
-        self.core = CaptureCore::new(self.epoch, self.limits.clone());
-        for disk in &mut self.disks {
-            let image = disk.medium.clone();
-            disk.oracle.replace(Lsn::new(self.epoch, farshore_extent::Seq::new(1)), image);
-        }
-        self.attach(None);
     }
 
     /// A guest asks for something; nothing happens when too much is in flight.
@@ -279,7 +227,7 @@ impl Source {
         }
     }
 
-    fn apply(&mut self, index: usize, rng: &mut Rng) {
+    pub fn apply(&mut self, index: usize, rng: &mut Rng) {
         let op = &mut self.in_flight[index];
         op.applied = true;
         let disk = &mut self.disks[op.disk];
@@ -302,12 +250,18 @@ impl Source {
             Backing::Flush | Backing::CheckHole { .. } => return,
         };
         let range = sectors(extent);
+        let id = self.next_write;
+        self.next_write += 1;
+        op.covers = vec![id];
         // A failing write leaves a part of itself.
         let done = if op.fails { rng.index(range.len() + 1) } else { range.len() };
-        for (at, sector) in range.enumerate().take(done) {
-            let content = content_of(&bytes[at * 512..(at + 1) * 512]);
-            disk.medium[sector] = content.expect("payload of one write");
+        let mut content = Vec::new();
+        for (at, sector) in range.clone().enumerate().take(done) {
+            let made = content_of(&bytes[at * 512..(at + 1) * 512]).expect("payload of one write");
+            disk.medium[sector] = made;
+            content.push(Some(made));
         }
+        disk.cache.push(Unflushed { id, first: range.start, content, completed: false });
     }
 
     fn complete(&mut self, index: usize, coverage: &mut Coverage) {
@@ -330,6 +284,13 @@ impl Source {
             }
             Backing::Write { .. } | Backing::Zero { .. } | Backing::Flush => Outcome::Done,
         };
+        match op.what {
+            Backing::Write { fua, .. } | Backing::Zero { fua, .. } => {
+                disk.completed(&op.covers, fua && !op.fails);
+            }
+            Backing::Flush => disk.flushed(&op.covers),
+            Backing::Read { .. } | Backing::CheckHole { .. } => {}
+        }
         let written = match op.what {
             Backing::Write { extent, .. } | Backing::Zero { extent, .. } => Some(extent),
             Backing::Read { .. } | Backing::CheckHole { .. } | Backing::Flush => None,
@@ -348,7 +309,7 @@ impl Source {
         self.step(Event::BackingDone { io: op.io, outcome }, coverage);
     }
 
-    fn step(&mut self, event: Event, coverage: &mut Coverage) {
+    pub fn step(&mut self, event: Event, coverage: &mut Coverage) {
         let now = self.now();
         let mut actions = std::mem::take(&mut self.actions);
         self.core.step(now, event, &mut actions);
@@ -356,18 +317,27 @@ impl Source {
         self.actions = actions;
     }
 
-    fn carry_out(&mut self, actions: &mut Vec<Action>, coverage: &mut Coverage) {
+    pub fn carry_out(&mut self, actions: &mut Vec<Action>, coverage: &mut Coverage) {
         for action in actions.drain(..) {
             match action {
                 Action::Backing { token, io, what, .. } => {
                     let disk = self.asked.get(&token).expect("an asked request").disk;
                     let risky = matches!(what, Backing::Write { .. } | Backing::Zero { .. });
                     let fails = risky && self.next_token.is_multiple_of(97);
-                    self.in_flight.push(InFlight { disk, io, token, what, applied: false, fails });
+                    self.start(disk, io, token, what, fails);
                 }
                 Action::Answer { token, result, .. } => self.answer(token, result, coverage),
                 Action::CopyDone { token, end, .. } => self.copy_done(token, end, coverage),
                 Action::Recorded { .. } => {}
+                Action::IntentWanted { volume, .. } => {
+                    let disk = self.disks.iter_mut().find(|d| d.key() == volume);
+                    disk.expect("of this host").intent_wanted = true;
+                }
+                Action::FlushWanted { volume, io } => {
+                    let disk = self.disks.iter().position(|d| d.key() == volume);
+                    let disk = disk.expect("of this host");
+                    self.start(disk, io, Token(0), Backing::Flush, false);
+                }
                 Action::CopyWanted { volume } => {
                     self.disks
                         .iter_mut()
@@ -382,6 +352,14 @@ impl Source {
                 }
             }
         }
+    }
+
+    fn start(&mut self, disk: usize, io: IoKey, token: Token, what: Backing, fails: bool) {
+        let covers = match what {
+            Backing::Flush => self.disks[disk].completed_writes(),
+            _ => Vec::new(),
+        };
+        self.in_flight.push(InFlight { disk, io, token, what, applied: false, fails, covers });
     }
 
     fn answer(&mut self, token: Token, _: Result<(), DeviceError>, coverage: &mut Coverage) {
@@ -536,6 +514,14 @@ impl Source {
         (status.pool_used, status.pool_bytes, status.dirty_bytes)
     }
 
+    /// The agent has told that everything is durable at the target.
+    pub fn all_released(&self) -> bool {
+        self.disks.iter().all(|d| {
+            let (captured, released) = self.watermarks(d.id);
+            captured == released
+        })
+    }
+
     /// Nothing in flight and nobody waiting.
     pub fn is_idle(&self) -> bool {
         self.in_flight.is_empty() && self.asked.is_empty()
@@ -553,45 +539,5 @@ impl Source {
                 "the medium differs from what completed last"
             );
         }
-    }
-}
-
-impl Disk {
-    fn new(rng: &mut Rng) -> Self {
-        let total = 24 + rng.below(72);
-        let size = VolumeSize::new(total * SECTOR).expect("sectors");
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&rng.next().to_le_bytes());
-        let old = rng.chance(500);
-        let image: Vec<Content> =
-            (0..total).map(|s| if old && rng.chance(700) { (1 << 40) + s } else { 0 }).collect();
-        let pool = (24 << 10) + if rng.chance(300) { rng.below(32) << 10 } else { 512 << 10 };
-        Self {
-            id: VolumeId::from_bytes(id),
-            size,
-            oracle: Oracle::new(image.clone()),
-            medium: image,
-            pool: vec![0; usize::try_from(pool).expect("small")],
-            key: None,
-            copying: false,
-            copy_wanted: true,
-        }
-    }
-
-    fn key(&self) -> VolumeKey {
-        self.key.expect("attached at the start")
-    }
-
-    fn place(slot: PoolSlot) -> std::ops::Range<usize> {
-        let start = usize::try_from(slot.offset()).expect("small");
-        start..start + slot.len() as usize
-    }
-
-    fn pool_mut(&mut self, slot: PoolSlot) -> &mut [u8] {
-        &mut self.pool[Self::place(slot)]
-    }
-
-    fn pool_bytes(&self, slot: PoolSlot) -> &[u8] {
-        &self.pool[Self::place(slot)]
     }
 }

@@ -27,6 +27,7 @@ struct Weather {
     agent_crash: u64,
     source_crash: u64,
     host_crash: u64,
+    source_restart: u64,
     target_crash: u64,
     disk_lost: u64,
     faulty_disk: bool,
@@ -41,7 +42,8 @@ impl Weather {
         Self {
             cut: rate(600, 6),
             agent_crash: rate(400, 3),
-            source_crash: rate(300, 2),
+            source_crash: rate(400, 4),
+            source_restart: rate(300, 20),
             host_crash: rate(300, 2),
             target_crash: rate(600, 5),
             disk_lost: rate(50, 1),
@@ -65,6 +67,11 @@ pub fn run(seed: u64, planted: Planted) -> Coverage {
         world.step(&mut rng, &weather);
     }
     world.drain(&mut rng);
+    if rng.chance(300) {
+        // Nothing is left: an orderly stop now must go on without a gap.
+        world.source.restart(&mut rng, &mut world.coverage);
+        world.drain(&mut rng);
+    }
     world.coverage
 }
 
@@ -127,6 +134,9 @@ impl World {
                 self.spools.values().for_each(|spool| spool.arm(rng));
             }
         }
+        if rng.chance(weather.source_restart) {
+            self.source.restart(rng, &mut self.coverage);
+        }
         if rng.chance(weather.target_crash) {
             if rng.chance(600) {
                 self.target.arm(rng);
@@ -179,7 +189,7 @@ impl World {
 
     /// Everybody who has something to do may do a little of it.
     fn work(&mut self, rng: &mut Rng, guests: bool) {
-        match rng.below(18) {
+        match rng.below(20) {
             0..=2 if guests => self.source.guest(rng, &mut self.coverage),
             0..=7 => self.source.backing(rng, &mut self.coverage),
             8..=9 => self.source.copy(rng, &mut self.coverage),
@@ -201,6 +211,7 @@ impl World {
                 }
             }
             14..=15 => self.deliver(rng),
+            16..=17 => self.source.keep_intent(rng, &mut self.coverage),
             _ => self.target_works(rng),
         }
         self.source.check_medium();
@@ -243,11 +254,12 @@ impl World {
         self.link.outage = false;
         self.spools.values().for_each(SimSpool::heal);
         self.target.heal(rng, &mut self.coverage);
+        self.source.heal();
         for round in 0..60_000 {
             self.source.pass(rng.below(8));
             self.work(rng, false);
-            if round % 16 == 0 && self.source.is_idle() && self.target.has_everything(&self.source)
-            {
+            let rest = round % 16 == 0 && self.source.is_idle() && self.source.all_released();
+            if rest && self.target.has_everything(&self.source) {
                 self.target.check_end(&self.source);
                 self.coverage.saw(Seen::Drained);
                 return;

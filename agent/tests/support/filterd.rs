@@ -256,6 +256,7 @@ impl State {
             written_bytes: 0,
             reads: 0,
             backing_errors: 0,
+            intent: None,
         };
         self.volumes.values().map(status).collect()
     }

@@ -54,9 +54,31 @@ pub struct BlockIdentity {
     pub written_sectors: u64,
     /// Size in bytes.
     pub size: u64,
+    /// What the hardware or the volume manager calls it in every boot, where it has such a name.
+    pub lasting: Option<String>,
 }
 
 impl Identity {
+    /// Whether `later` can be what `self` has become by the writes of a filterd that was not
+    /// stopped in order. In another boot a block device counts only when a lasting name says that
+    /// it is the same and nobody has written to it yet in that boot; a file only when it is the
+    /// same file.
+    #[must_use]
+    pub fn may_be_followed_by(&self, later: &Self) -> bool {
+        match (self, later) {
+            (Self::File(a), Self::File(b)) => (a.dev, a.ino, a.size) == (b.dev, b.ino, b.size),
+            (Self::Block(a), Self::Block(b)) if a.boot_id == b.boot_id => {
+                let same = (a.rdev, a.disk_sequence, a.size) == (b.rdev, b.disk_sequence, b.size);
+                same && a.written_sectors <= b.written_sectors
+            }
+            (Self::Block(a), Self::Block(b)) => {
+                let same = a.lasting.is_some() && (&a.lasting, a.size) == (&b.lasting, b.size);
+                same && b.written_sectors == 0
+            }
+            (Self::File(_), Self::Block(_)) | (Self::Block(_), Self::File(_)) => false,
+        }
+    }
+
     pub(super) fn of(fd: BorrowedFd<'_>, kind: BackendKind, size: VolumeSize) -> io::Result<Self> {
         let stat = fstat(fd)?;
         let nanos = |seconds: i64, nanos: i64| seconds.wrapping_mul(1_000_000_000) + nanos;
@@ -82,10 +104,28 @@ impl Identity {
                     disk_sequence,
                     written_sectors: written_sectors(&counters)?,
                     size: size.get(),
+                    lasting: lasting(&directory),
                 }))
             }
         }
     }
+}
+
+/// Where sysfs has a name of a disk or of a volume that outlasts a boot.
+const LASTING: [&str; 7] =
+    ["wwid", "device/wwid", "uuid", "nguid", "dm/uuid", "serial", "device/serial"];
+
+/// The lasting name of a device, or of its disk and the number of the partition.
+fn lasting(directory: &Path) -> Option<String> {
+    let read = |file: &str| {
+        let text = std::fs::read_to_string(directory.join(file)).ok()?;
+        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+    };
+    let partition = read("partition");
+    let above = if partition.is_some() { "../" } else { "" };
+    let name = LASTING.iter().find_map(|file| Some((file, read(&format!("{above}{file}"))?)));
+    let (kind, name) = name?;
+    Some(format!("{kind} {name} {}", partition.unwrap_or_default()))
 }
 
 /// Fields 7 (write sectors) and, since Linux 4.19, 14 (discard sectors) of a block device's `stat`.

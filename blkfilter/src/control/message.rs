@@ -316,6 +316,19 @@ pub struct CopyProgress {
     pub bytes_per_second: u64,
 }
 
+/// What a crash of `filterd` now would cost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntentInfo {
+    /// Regions of the volume that would be sent again.
+    pub marked: u64,
+    /// More than this are cleared, as soon as they may be.
+    pub cap: u64,
+    /// Bytes of a region.
+    pub region_bytes: u64,
+    /// False when the state directory cannot be written (FS-2052): then `marked` says nothing.
+    pub kept: bool,
+}
+
 /// Live state of a protected volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeStatus {
@@ -349,6 +362,8 @@ pub struct VolumeStatus {
     pub reads: u64,
     /// Failed backing requests since the daemon started.
     pub backing_errors: u64,
+    /// The intent map.
+    pub intent: Option<IntentInfo>,
 }
 
 /// Cut a marker.

@@ -15,6 +15,6 @@ pub use crate::sys::pool_reader::ReadOnlyPool;
 pub use client::{Client, FetchWish};
 pub use message::{
     AttachChoice, AttachKind, Attachment, BackendKind, CopyProgress, Descriptor, DescriptorBody,
-    Fetched, Grown, Hint, MarkerPlaced, MarkerRequest, PoolPlace, ProtectRequest, Readiness, Reply,
-    Request, VolumeInfo, VolumeStatus,
+    Fetched, Grown, Hint, IntentInfo, MarkerPlaced, MarkerRequest, PoolPlace, ProtectRequest,
+    Readiness, Reply, Request, VolumeInfo, VolumeStatus,
 };

@@ -3,10 +3,12 @@
 use farshore_extent::{Epoch, Extent, Seq};
 
 use super::event::{
-    Action, Backing, Buffer, CopyEnd, Event, IoKey, Now, Outcome, QueueId, Token, VolumeKey,
+    Action, Backing, Buffer, CopyEnd, Event, IntentEnd, IoKey, Now, Outcome, QueueId, Token,
+    VolumeKey,
 };
 use super::gate::AckGate;
-use super::limits::Limits;
+use super::intent::Intent;
+use super::limits::{Faults, Limits};
 use super::range_lock::{LockKey, Sharing};
 use super::slab::Slab;
 use super::volume::{Context, Counter, Volume, Written};
@@ -52,7 +54,14 @@ pub(super) enum What {
         may_unmap: bool,
         early: Option<Seq>,
     },
-    Flush,
+    Flush {
+        /// On the intent map's clock.
+        began: u64,
+    },
+    /// A flush of our own.
+    OwnFlush {
+        began: u64,
+    },
     Copy {
         extent: Extent,
         slot: super::event::PoolSlot,
@@ -71,9 +80,20 @@ impl What {
             Self::Zero { extent, fua, may_unmap, .. } => {
                 Backing::Zero { extent: *extent, fua: *fua, may_unmap: *may_unmap }
             }
-            Self::Flush => Backing::Flush,
+            Self::Flush { .. } | Self::OwnFlush { .. } => Backing::Flush,
             Self::Copy { extent, slot } => Backing::Read { extent: *extent, slot: *slot },
             Self::CopyHole { extent } => Backing::CheckHole { extent: *extent },
+        }
+    }
+
+    /// What it changes on the medium.
+    pub(super) const fn write(&self) -> Option<Extent> {
+        match self {
+            Self::Write { extent, .. } | Self::Zero { extent, .. } => Some(*extent),
+            Self::Flush { .. }
+            | Self::OwnFlush { .. }
+            | Self::Copy { .. }
+            | Self::CopyHole { .. } => None,
         }
     }
 
@@ -85,7 +105,7 @@ impl What {
             Self::Copy { extent, .. } | Self::CopyHole { extent } => {
                 Some((*extent, Sharing::Shared))
             }
-            Self::Flush => None,
+            Self::Flush { .. } | Self::OwnFlush { .. } => None,
         }
     }
 }
@@ -130,7 +150,8 @@ impl CaptureCore {
                 self.arrive(Request { queue, token, volume, lock: None, what }, out);
             }
             Event::Flush { queue, token, volume } => {
-                let what = What::Flush;
+                let intent = self.volume_mut(volume).and_then(|v| v.intent.as_mut());
+                let what = What::Flush { began: intent.map_or(0, Intent::flush_begins) };
                 self.arrive(Request { queue, token, volume, lock: None, what }, out);
             }
             Event::Copy { queue, token, volume, hole } => match self.next_copy(volume, hole) {
@@ -140,6 +161,7 @@ impl CaptureCore {
                 Err(end) => out.push(Action::CopyDone { queue, token, end }),
             },
             Event::BackingDone { io, outcome } => self.done(now, io, outcome, out),
+            Event::IntentDone { volume, end } => self.intent_done(volume, end, out),
             Event::Tick => {}
         }
         if late {
@@ -160,6 +182,10 @@ impl CaptureCore {
             out.push(Action::Answer { queue, token, result: gone });
             return;
         };
+        let write = request.what.write();
+        if let (Some(intent), Some(extent)) = (&mut volume.intent, write) {
+            intent.begin(extent, self.counter.last);
+        }
         let what = request.what.backing();
         let range = request.what.range().filter(|(_, sharing)| {
             let off = faults.copy_without_lock && *sharing == Sharing::Shared;
@@ -173,7 +199,9 @@ impl CaptureCore {
             }
             held
         });
-        if held {
+        let waits = held && volume.must_wait_for_intent(io, write, faults);
+        volume.ask_for_intent(out);
+        if held && !waits {
             out.push(Action::Backing { queue, token, io, what });
         }
     }
@@ -194,19 +222,62 @@ impl CaptureCore {
         if let Some(lock) = request.lock {
             volume.locks.unlock(lock, &mut self.granted);
         }
+        volume.intent_after(&request.what, outcome, cx.counter.last);
         volume.try_restore(&mut cx);
         volume.want_copy(&mut cx);
+        self.sweep(request.volume, out);
         self.start_granted(out);
         self.finish(&request, end, out);
     }
 
     fn start_granted(&mut self, out: &mut Vec<Action>) {
+        let faults = self.limits.faults;
         for io in self.granted.drain(..) {
-            if let Some(request) = self.requests.get(io) {
-                let (queue, token, what) = (request.queue, request.token, request.what.backing());
+            let Some(request) = self.requests.get(io) else { continue };
+            let (queue, token, what) = (request.queue, request.token, request.what.backing());
+            let write = request.what.write();
+            let volume = held(&mut self.volumes, request.volume);
+            let waits = volume.is_some_and(|v| v.must_wait_for_intent(io, write, faults));
+            if !waits {
                 out.push(Action::Backing { queue, token, io, what });
             }
         }
+    }
+
+    /// Bits have become durable, or never will: writes that waited for them go on.
+    fn intent_done(&mut self, key: VolumeKey, end: IntentEnd, out: &mut Vec<Action>) {
+        let volume = held(&mut self.volumes, key);
+        let Some(intent) = volume.and_then(|v| v.intent.as_mut()) else { return };
+        let withheld = intent.withholds();
+        let requests = &self.requests;
+        let durable = |intent: &Intent, io: IoKey| {
+            let write = requests.get(io).and_then(|request| request.what.write());
+            write.is_none_or(|extent| intent.is_durable(extent))
+        };
+        intent.committed(end, durable, &mut self.granted);
+        if withheld && !intent.withholds() {
+            out.push(Action::Recorded { volume: key, payload: 0, urgent: true });
+        }
+        self.sweep(key, out);
+        self.start_granted(out);
+    }
+
+    /// Clears regions of the intent map that may be cleared; asks for what that needs.
+    pub(super) fn sweep(&mut self, key: VolumeKey, out: &mut Vec<Action>) {
+        let (epoch, faults) = (self.counter.epoch, self.limits.faults);
+        let Some(volume) = held(&mut self.volumes, key) else { return };
+        let settled = volume.dirty.dirty_chunks() == 0;
+        let durable = volume.log.durable();
+        let Some(intent) = &mut volume.intent else { return };
+        let durable = if durable.epoch == epoch { durable.seq } else { Seq::ZERO };
+        if intent.sweep(durable, settled, faults) {
+            let what = What::OwnFlush { began: intent.flush_begins() };
+            let (queue, token) = (QueueId(0), Token(0));
+            let request = Request { queue, token, volume: key, lock: None, what };
+            let io = self.requests.insert(request);
+            out.push(Action::FlushWanted { volume: key, io });
+        }
+        volume.ask_for_intent(out);
     }
 
     fn finish(&mut self, request: &Request, end: End, out: &mut Vec<Action>) {
@@ -220,6 +291,7 @@ impl CaptureCore {
                 }
             }
             End::Copy(end) => out.push(Action::CopyDone { queue, token, end }),
+            End::Nobody => {}
         }
     }
 
@@ -241,6 +313,7 @@ pub(super) fn held(volumes: &mut [Option<Volume>], key: VolumeKey) -> Option<&mu
 pub(super) enum End {
     Guest(Result<(), DeviceError>),
     Copy(CopyEnd),
+    Nobody,
 }
 
 impl Volume {
@@ -272,12 +345,48 @@ impl Volume {
                 }
                 End::Guest(failure.map_or(Ok(()), Err))
             }
-            What::Flush => {
+            What::Flush { .. } => {
                 self.figures.backing_errors += u64::from(failure.is_some());
                 End::Guest(failure.map_or(Ok(()), Err))
             }
+            What::OwnFlush { .. } => {
+                self.figures.backing_errors += u64::from(failure.is_some());
+                End::Nobody
+            }
             What::Copy { extent, slot } => End::Copy(self.copied(cx, *extent, *slot, outcome)),
             What::CopyHole { extent } => End::Copy(self.copied_hole(cx, *extent, outcome)),
+        }
+    }
+
+    /// Tells the intent map what the end of a request means.
+    fn intent_after(&mut self, what: &What, outcome: Outcome, at: Seq) {
+        let Some(intent) = &mut self.intent else { return };
+        let well = !matches!(outcome, Outcome::Failed(_));
+        match what {
+            What::Write { extent, .. } | What::Zero { extent, .. } => {
+                intent.end(*extent, at, &self.dirty);
+            }
+            What::Copy { extent, .. } | What::CopyHole { extent } => {
+                intent.copied(*extent, at, &self.dirty);
+            }
+            What::Flush { began } => intent.flush_ended(*began, well, false),
+            What::OwnFlush { began } => intent.flush_ended(*began, well, true),
+        }
+    }
+
+    /// Whether a request that holds its range waits for its bits; then it is kept.
+    fn must_wait_for_intent(&mut self, io: IoKey, write: Option<Extent>, faults: Faults) -> bool {
+        let (Some(intent), Some(extent)) = (&mut self.intent, write) else { return false };
+        if faults.intent_not_waited_for || intent.is_durable(extent) {
+            return false;
+        }
+        intent.wait(io);
+        true
+    }
+
+    pub(super) fn ask_for_intent(&mut self, out: &mut Vec<Action>) {
+        if let Some(urgent) = self.intent.as_mut().and_then(Intent::ask) {
+            out.push(Action::IntentWanted { volume: self.key, urgent });
         }
     }
 }

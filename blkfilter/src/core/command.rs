@@ -4,14 +4,16 @@ use std::borrow::Cow;
 
 use farshore_changelog::limits::{MAX_MARKER_NAME, MAX_RECORD_PAYLOAD};
 use farshore_extent::{
-    BlockSizes, CaptureOrder, ChunkMap, ChunkSize, GroupId, Lsn, MarkerId, PointKind, VolumeId,
-    VolumeSize, WallTime,
+    BlockSizes, CaptureOrder, ChunkMap, ChunkSize, Extent, GroupId, Lsn, MarkerId, PointKind,
+    VolumeId, VolumeSize, WallTime,
 };
 
 use super::capture::{CaptureCore, held};
-use super::event::{Action, Now, PoolSlot, VolumeKey};
+use super::event::{Action, IntentCommit, Now, PoolSlot, VolumeKey};
+use super::intent::Intent;
 use super::log::Log;
 use super::range_lock::RangeLock;
+use super::region_map::RegionMap;
 use super::ring::PoolRing;
 use super::volume::{Context, Figures, Volume};
 use crate::control::DescriptorBody;
@@ -90,6 +92,16 @@ pub enum Start {
         /// Shown in status.
         reason: String,
     },
+    /// Only some ranges may differ from what a reader has that has everything up to `released`;
+    /// any other reader is refused ([`Refused::AlreadyReleased`]).
+    CopyPart {
+        /// Ranges to send, widened to chunks.
+        ranges: Vec<Extent>,
+        /// Of an earlier epoch.
+        released: Lsn,
+        /// Shown in status.
+        reason: String,
+    },
 }
 
 /// A volume to attach.
@@ -107,6 +119,17 @@ pub struct Attach {
     pub pool_bytes: u64,
     /// How it begins.
     pub start: Start,
+    /// The intent map as it is on disk; none: none is kept.
+    pub intent: Option<IntentStart>,
+}
+
+/// The intent map that a volume begins with.
+#[derive(Debug, Clone)]
+pub struct IntentStart {
+    /// As it is on disk, durably; covers everything that [`Start`] will copy.
+    pub set: RegionMap,
+    /// More regions than this are cleared when they may be.
+    pub cap: u64,
 }
 
 /// A marker to cut.
@@ -181,9 +204,13 @@ impl CaptureCore {
         let seq =
             volume.append(&mut cx, DescriptorBody::EpochStart { continues, size, blocks }, None);
         if !continues {
-            volume.log.restart_at(seq);
+            if volume.dirty.dirty_bytes() == volume.size.get() {
+                volume.log.restart_at(seq);
+            }
+            volume.try_restore(&mut cx);
             volume.want_copy(&mut cx);
         }
+        volume.ask_for_intent(cx.out);
         if index == self.volumes.len() {
             self.volumes.push(Some(volume));
         } else {
@@ -388,12 +415,36 @@ impl CaptureCore {
         upto: Lsn,
         out: &mut Vec<Action>,
     ) -> Result<(), Refused> {
-        self.with_volume(now, volume, out, |v, cx| {
+        let done = self.with_volume(now, volume, out, |v, cx| {
             v.log.release(upto, &mut v.ring)?;
             v.want_copy(cx);
             Ok(())
-        })
-        .unwrap_or(Err(Refused::NoSuchVolume))
+        });
+        self.sweep(volume, out);
+        done.unwrap_or(Err(Refused::NoSuchVolume))
+    }
+
+    /// What has to be made durable of the volume's intent map. One at a time: `None` until the
+    /// last one was reported by [`super::Event::IntentDone`], and when nothing has changed.
+    pub fn take_intent(&mut self, volume: VolumeKey) -> Option<IntentCommit> {
+        let volume = self.volume_mut(volume)?;
+        let durable = volume.log.durable();
+        volume.intent.as_mut()?.take(durable)
+    }
+
+    /// The place for the intent map seems to be in order again: all of it has to be written.
+    pub fn resume_intent(&mut self, now: Now, volume: VolumeKey, out: &mut Vec<Action>) {
+        self.with_volume(now, volume, out, |v, cx| {
+            v.intent.as_mut().map(Intent::resume);
+            v.ask_for_intent(cx.out);
+        });
+    }
+
+    /// Nobody keeps the volume's intent map any more: it stays as it is. Nobody may write then.
+    pub fn end_intent(&mut self, volume: VolumeKey) {
+        if let Some(intent) = self.volume_mut(volume).and_then(|v| v.intent.as_mut()) {
+            intent.end_keeping();
+        }
     }
 
     /// The target cannot follow the log: everything retained is dropped, order is lost, every chunk
@@ -419,6 +470,10 @@ impl CaptureCore {
             // What told the reader the size, an EpochStart or a Resize, may be among what was dropped.
             v.append(cx, DescriptorBody::Resize(v.size), None);
             v.mark_dirty(v.size.extent());
+            if let Some(intent) = &mut v.intent {
+                intent.all_dirty();
+            }
+            v.ask_for_intent(cx.out);
             v.want_copy(cx);
         })
         .ok_or(Refused::NoSuchVolume)
@@ -454,7 +509,14 @@ fn new_volume(key: VolumeKey, attach: &Attach, pool_align: u64) -> Volume {
             let map = ChunkMap::all_dirty(attach.size, attach.chunk);
             (CaptureOrder::CatchUp, Cow::Owned(reason.clone()), map, Lsn::ZERO)
         }
+        Start::CopyPart { ranges, released, reason } => {
+            let mut map = ChunkMap::clean(attach.size, attach.chunk);
+            ranges.iter().for_each(|range| map.mark(*range));
+            (CaptureOrder::CatchUp, Cow::Owned(reason.clone()), map, *released)
+        }
     };
+    let start = attach.intent.as_ref();
+    let intent = start.map(|i| Intent::new(i.set.clone(), i.cap, &dirty));
     Volume {
         key,
         id: attach.volume,
@@ -465,6 +527,7 @@ fn new_volume(key: VolumeKey, attach: &Attach, pool_align: u64) -> Volume {
         ring: PoolRing::new(attach.pool_bytes, pool_align),
         catch_up_total: dirty.dirty_bytes(),
         dirty,
+        intent,
         locks: RangeLock::default(),
         order,
         reason,

@@ -1,7 +1,8 @@
 //! What goes into the core and what comes out.
 
-use farshore_extent::{Extent, MarkerId, WallTime};
+use farshore_extent::{Extent, Lsn, MarkerId, VolumeSize, WallTime};
 
+use super::region_map::BLOCK_WORDS;
 use crate::device::DeviceError;
 
 /// The time, handed in by the driver.
@@ -151,8 +152,54 @@ pub enum Event {
         /// How.
         outcome: Outcome,
     },
+    /// What [`super::CaptureCore::take_intent`] gave has been written, or could not be.
+    IntentDone {
+        /// Of which volume.
+        volume: VolumeKey,
+        /// How it ended.
+        end: IntentEnd,
+    },
     /// Time has passed; see `CaptureCore::next_deadline`.
     Tick,
+}
+
+/// A block of the intent map as it has to be on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IntentBlock {
+    /// Which; each has [`super::BLOCK_REGIONS`] regions.
+    pub index: usize,
+    /// Its bits, the lowest region first.
+    pub words: [u64; BLOCK_WORDS],
+}
+
+/// Changes of the intent map that become durable together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IntentCommit {
+    /// Each as a whole; a block that is torn counts as full.
+    pub blocks: Vec<IntentBlock>,
+    /// What is not set lies with the target if that has everything up to here.
+    pub released: Lsn,
+    /// Of the volume. When it has grown, the blocks of the new part are among `blocks`, and they
+    /// are durable before this size is.
+    pub size: VolumeSize,
+}
+
+/// How a commit of the intent map ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IntentEnd {
+    /// It is durable.
+    Durable,
+    /// It is not. Writes go on; the map is not kept until [`super::CaptureCore::resume_intent`].
+    Lost(IntentLoss),
+}
+
+/// What the disk says while the intent map is not kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IntentLoss {
+    /// That every region may differ: the next start compares all of them.
+    AllMayDiffer,
+    /// Something old: nothing could be written. A crash now would not be noticed as what it is.
+    Nothing,
 }
 
 /// How a backing operation ended.
@@ -271,6 +318,21 @@ pub enum Action {
         payload: u64,
         /// It should be fetched at once (markers, changes of order).
         urgent: bool,
+    },
+    /// The intent map has changed: [`super::CaptureCore::take_intent`].
+    IntentWanted {
+        /// Of which volume.
+        volume: VolumeKey,
+        /// Writes wait for it. Otherwise it may be left for a second, to be written with more.
+        urgent: bool,
+    },
+    /// Flush the backing of the volume and report [`Event::BackingDone`], so that regions can be
+    /// cleared. Nobody waits for it.
+    FlushWanted {
+        /// Which volume.
+        volume: VolumeKey,
+        /// To be given back.
+        io: IoKey,
     },
     /// There is something to copy and room for it.
     CopyWanted {

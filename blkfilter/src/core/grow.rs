@@ -50,6 +50,10 @@ impl CaptureCore {
                 v.lose(cx, added, "the volume was grown".into());
             }
             v.append(cx, DescriptorBody::Resize(size), None);
+            if let Some(intent) = &mut v.intent {
+                intent.grow(size, cx.counter.last, &v.dirty);
+            }
+            v.ask_for_intent(cx.out);
             v.want_copy(cx);
         });
         Ok(true)

@@ -50,4 +50,10 @@ pub struct Faults {
     pub reuse_pool_before_release: bool,
     /// What a disk holds in its new part is taken for zeroes.
     pub new_part_not_sent: bool,
+    /// A write goes to the backing before its region's bit is durable.
+    pub intent_not_waited_for: bool,
+    /// A region's bit is cleared although the backing was not flushed since its last write.
+    pub intent_cleared_without_flush: bool,
+    /// A region's bit is cleared although the target may not have its last record.
+    pub intent_cleared_before_release: bool,
 }

@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 
-use farshore_extent::{Lsn, Seq, SourceWatermarks, WallTime};
+use farshore_extent::{Extent, Lsn, Seq, SourceWatermarks, WallTime};
 
 use super::command::Refused;
 use super::ring::PoolRing;
-use crate::control::Descriptor;
+use crate::control::{Descriptor, DescriptorBody};
 
 #[derive(Debug)]
 struct Retained {
@@ -64,6 +64,23 @@ impl Log {
     /// From the record `seq` on nothing before it is needed.
     pub(super) fn restart_at(&mut self, seq: Seq) {
         self.restart = Some(seq);
+    }
+
+    /// Where the retained records change the volume.
+    pub(super) fn extents(&self) -> impl Iterator<Item = Extent> {
+        self.records.iter().filter_map(|record| match &record.descriptor.body {
+            DescriptorBody::Write { extent, .. }
+            | DescriptorBody::Copy { extent, .. }
+            | DescriptorBody::Zero { extent, .. }
+            | DescriptorBody::Unknown { extent } => Some(*extent),
+            DescriptorBody::Marker { .. }
+            | DescriptorBody::MarkerCommit(_)
+            | DescriptorBody::MarkerAbort(_)
+            | DescriptorBody::OrderLost
+            | DescriptorBody::OrderRestored
+            | DescriptorBody::Resize(_)
+            | DescriptorBody::EpochStart { .. } => None,
+        })
     }
 
     pub(super) fn len(&self) -> usize {

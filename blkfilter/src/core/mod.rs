@@ -5,7 +5,7 @@
 //! (`crate::filter`), the simulator and the unit tests run the same code.
 //!
 //! Owns: the host's counter, the range locks, the retained records and the room of every pool,
-//! the dirty maps, the acknowledgement gate. Moves the watermarks *captured* and *released*.
+//! the dirty maps, the intent maps, the acknowledgement gate. Moves the watermarks *captured* and *released*.
 //! Never does: I/O, threads, clocks, allocation of payload, iteration over hash maps. The bytes of
 //! a pool belong to the driver; the core only says which of them are in use.
 //!
@@ -17,7 +17,9 @@
 //!    each [`Action::Backing`]; report it with [`Event::BackingDone`]; answer the guest at
 //!    [`Action::Answer`]. Actions for another queue than the stepping one are handed to that queue.
 //! 3. While a volume catches up: [`Event::Copy`] again and again until [`CopyEnd::Clean`].
-//! 4. The agent's side: [`CaptureCore::fetch`], [`CaptureCore::release`].
+//! 4. At [`Action::IntentWanted`]: [`CaptureCore::take_intent`], make it durable, report it with
+//!    [`Event::IntentDone`]. At [`Action::FlushWanted`]: flush the backing.
+//! 5. The agent's side: [`CaptureCore::fetch`], [`CaptureCore::release`].
 
 mod capture;
 mod command;
@@ -25,10 +27,12 @@ mod copy;
 mod event;
 mod gate;
 mod grow;
+mod intent;
 mod limits;
 mod log;
 mod query;
 mod range_lock;
+mod region_map;
 mod ring;
 mod slab;
 mod volume;
@@ -37,11 +41,12 @@ mod volume;
 mod tests;
 
 pub use capture::CaptureCore;
-pub use command::{Attach, HoldEnd, MarkerSpec, Placed, Refused, Start};
+pub use command::{Attach, HoldEnd, IntentStart, MarkerSpec, Placed, Refused, Start};
 pub use event::{
-    Action, Backing, Buffer, CopyEnd, Event, IoKey, Now, Outcome, PoolSlot, QueueId, Token,
-    VolumeKey,
+    Action, Backing, Buffer, CopyEnd, Event, IntentBlock, IntentCommit, IntentEnd, IntentLoss,
+    IoKey, Now, Outcome, PoolSlot, QueueId, Token, VolumeKey,
 };
 pub use grow::NewPart;
 pub use limits::{Faults, Limits};
-pub use query::{CoreStatus, Waiting};
+pub use query::{CoreStatus, IntentStatus, Waiting};
+pub use region_map::{BLOCK_REGIONS, BLOCK_WORDS, RegionMap};

@@ -1,12 +1,13 @@
 //! Looking at the core without changing it.
 
 use farshore_extent::{
-    CaptureOrder, Epoch, Extent, Lsn, SourceWatermarks, VolumeId, VolumeSize, WallTime,
+    CaptureOrder, Epoch, Extent, ExtentSet, Lsn, SourceWatermarks, VolumeId, VolumeSize, WallTime,
 };
 
 use super::capture::CaptureCore;
 use super::command::Refused;
-use super::event::VolumeKey;
+use super::event::{IntentLoss, VolumeKey};
+use super::region_map::RegionMap;
 use crate::control::Descriptor;
 
 /// What is waiting for a reader.
@@ -59,6 +60,25 @@ pub struct CoreStatus {
     pub backing_errors: u64,
     /// Requests in flight or waiting for their range, copy reads included; without flushes.
     pub in_flight: usize,
+    /// The intent map; none when none is kept.
+    pub intent: Option<IntentStatus>,
+}
+
+/// What a crash now would mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IntentStatus {
+    /// Regions that would be compared.
+    pub set: u64,
+    /// Regions of the volume.
+    pub regions: u64,
+    /// Bytes of a region.
+    pub region_bytes: u64,
+    /// More than this are cleared when they may be.
+    pub cap: u64,
+    /// Of the volume that the disk has bits for; less than its size while it grows.
+    pub durable_size: VolumeSize,
+    /// Set when the map is not kept.
+    pub loss: Option<IntentLoss>,
 }
 
 impl CaptureCore {
@@ -101,6 +121,9 @@ impl CaptureCore {
         out: &mut Vec<Descriptor>,
     ) -> Result<bool, Refused> {
         let volume = self.volume(volume).ok_or(Refused::NoSuchVolume)?;
+        if volume.withholds() {
+            return Ok(false);
+        }
         volume.log.fetch(after, max_records, max_bytes, out)
     }
 
@@ -110,6 +133,9 @@ impl CaptureCore {
     /// As [`Self::fetch`].
     pub fn waiting(&self, volume: VolumeKey, after: Lsn) -> Result<Waiting, Refused> {
         let volume = self.volume(volume).ok_or(Refused::NoSuchVolume)?;
+        if volume.withholds() {
+            return Ok(Waiting::default());
+        }
         let (records, payload, urgent) = volume.log.waiting(after)?;
         Ok(Waiting { records, payload, urgent })
     }
@@ -141,6 +167,28 @@ impl CaptureCore {
         self.gate.deadline_ms()
     }
 
+    /// What a reader lacks that has everything up to the volume's `released`: dirty chunks, and
+    /// the extents of all retained records. For an orderly stop.
+    #[must_use]
+    pub fn missing(&self, volume: VolumeKey) -> Vec<Extent> {
+        let Some(volume) = self.volume(volume) else { return Vec::new() };
+        let mut missing: ExtentSet = volume.log.extents().collect();
+        let mut next = volume.dirty.next_dirty(0);
+        while let Some(chunk) = next {
+            missing.insert(chunk);
+            let after = chunk.end();
+            let more = (after < volume.size.get()).then(|| volume.dirty.next_dirty(after));
+            next = more.flatten().filter(|more| more.offset() >= after);
+        }
+        missing.iter().collect()
+    }
+
+    /// The intent map as it should be on disk.
+    #[must_use]
+    pub fn intent_map(&self, volume: VolumeKey) -> Option<RegionMap> {
+        Some(self.volume(volume)?.intent.as_ref()?.map().clone())
+    }
+
     /// The figures of a volume.
     #[must_use]
     pub fn status(&self, volume: VolumeKey) -> Option<CoreStatus> {
@@ -164,6 +212,22 @@ impl CaptureCore {
             written_bytes: v.figures.written_bytes,
             backing_errors: v.figures.backing_errors,
             in_flight: v.locks.claims(),
+            intent: v.intent.as_ref().map(|intent| IntentStatus {
+                set: intent.set_regions(),
+                regions: intent.map().regions(),
+                region_bytes: intent.map().region(),
+                cap: intent.cap(),
+                durable_size: intent.durable_size(),
+                loss: intent.loss(),
+            }),
         })
+    }
+}
+
+impl super::volume::Volume {
+    /// A new copy was asked for, and the disk does not say yet that everything may differ: whoever
+    /// saw a record of it now could be taken for one who has what lies before.
+    fn withholds(&self) -> bool {
+        self.intent.as_ref().is_some_and(super::intent::Intent::withholds)
     }
 }

@@ -7,6 +7,7 @@ use farshore_extent::{
 };
 
 use super::event::{Action, Buffer, Now, PoolSlot, VolumeKey};
+use super::intent::Intent;
 use super::limits::Limits;
 use super::log::Log;
 use super::range_lock::RangeLock;
@@ -58,6 +59,8 @@ pub(super) struct Volume {
     pub(super) log: Log,
     pub(super) ring: PoolRing,
     pub(super) dirty: ChunkMap,
+    /// None: nothing is kept for a crash, every start copies everything.
+    pub(super) intent: Option<Intent>,
     pub(super) locks: RangeLock,
     pub(super) order: CaptureOrder,
     pub(super) reason: Cow<'static, str>,

@@ -255,6 +255,8 @@ impl Worker {
                     | Action::CopyWanted { .. }
                     | Action::Answer { .. }
                     | Action::Recorded { .. }
+                    | Action::IntentWanted { .. }
+                    | Action::FlushWanted { .. }
                     | Action::HoldBroken { .. } => {}
                 }
             }

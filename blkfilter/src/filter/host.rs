@@ -8,14 +8,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use farshore_extent::{Epoch, Lsn, MarkerId, VolumeId, VolumeSize, WallTime};
+use farshore_extent::{Epoch, Extent, Lsn, MarkerId, VolumeId, VolumeSize, WallTime};
 
 use super::fetch::Watcher;
 use super::inbox::Inbox;
 use crate::core::{
     Action, Attach, CaptureCore, CoreStatus, Event, Limits, MarkerSpec, NewPart, Now, Placed,
-    QueueId, Refused, VolumeKey,
+    QueueId, Refused, RegionMap, VolumeKey,
 };
+
+/// What a volume leaves when it stops.
+#[derive(Debug)]
+pub struct Left {
+    /// Its figures.
+    pub status: CoreStatus,
+    /// What a reader lacks that has everything up to `status.released`.
+    pub missing: Vec<Extent>,
+    /// The intent map, which covers it.
+    pub set: RegionMap,
+}
 
 /// The host's core. Shared by all queues, the copy loops and the control socket.
 #[derive(Debug)]
@@ -42,6 +53,8 @@ pub(super) struct Line {
     /// Mirrors the core's answer, so that a queue need not lock to ask.
     catching_up: Arc<AtomicBool>,
     copy: Option<QueueId>,
+    /// Of the thread that keeps the intent map.
+    intent: Option<QueueId>,
     /// Who waits for records or for their release.
     pub(super) watchers: Vec<Watcher>,
     pub(super) news: Arc<Condvar>,
@@ -192,6 +205,30 @@ impl Host {
         self.command(|core, now, out| core.grow(now, volume, size, part, out))
     }
 
+    pub(super) fn set_intent_queue(&self, key: VolumeKey, queue: QueueId) {
+        if let Some(line) = self.lock().lines.get_mut(&key) {
+            line.intent = Some(queue);
+        }
+    }
+
+    /// The intent map of the volume changes no more, and nothing is asked for it.
+    pub(super) fn end_intent(&self, key: VolumeKey) {
+        let mut shared = self.lock();
+        shared.core.end_intent(key);
+        if let Some(line) = shared.lines.get_mut(&key) {
+            line.intent = None;
+        }
+    }
+
+    /// What an orderly stop has to write.
+    #[must_use]
+    pub fn left(&self, key: VolumeKey) -> Option<Left> {
+        // All of one moment: the agent may release meanwhile.
+        let shared = self.lock();
+        let (status, missing) = (shared.core.status(key)?, shared.core.missing(key));
+        Some(Left { status, missing, set: shared.core.intent_map(key)? })
+    }
+
     /// The figures of a volume.
     #[must_use]
     pub fn status(&self, volume: VolumeId) -> Option<CoreStatus> {
@@ -281,6 +318,12 @@ impl Shared {
                 | Action::CopyDone { queue, .. } => *queue,
                 Action::CopyWanted { volume } => {
                     match self.lines.get(volume).and_then(|line| line.copy) {
+                        Some(queue) => queue,
+                        None => continue,
+                    }
+                }
+                Action::IntentWanted { volume, .. } | Action::FlushWanted { volume, .. } => {
+                    match self.lines.get(volume).and_then(|line| line.intent) {
                         Some(queue) => queue,
                         None => continue,
                     }

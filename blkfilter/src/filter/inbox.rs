@@ -74,6 +74,7 @@ mod tests {
             chunk: ChunkSize::DEFAULT,
             pool_bytes: 4 << 20,
             start: Start::Continues { last: Lsn::ZERO },
+            intent: None,
         };
         core.attach(Now::default(), attach, &mut Vec::new()).unwrap()
     }

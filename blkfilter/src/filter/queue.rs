@@ -224,6 +224,8 @@ impl FilterQueue {
             Action::CopyDone { .. }
             | Action::CopyWanted { .. }
             | Action::Recorded { .. }
+            | Action::IntentWanted { .. }
+            | Action::FlushWanted { .. }
             | Action::HoldBroken { .. } => debug_assert!(false, "not for a front end's queue"),
         }
     }

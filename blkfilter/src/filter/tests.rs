@@ -42,7 +42,7 @@ impl World {
         let volume = VolumeId::random();
         let chunk = ChunkSize::new(64 << 10).unwrap();
         let (size, blocks) = (backing.size(), backing.blocks());
-        let attach = Attach { volume, size, blocks, chunk, pool_bytes: pool, start };
+        let attach = Attach { volume, size, blocks, chunk, pool_bytes: pool, start, intent: None };
         let key = host.attach(attach).unwrap();
         let device = FilterDevice::new(FilterConfig {
             host: Arc::clone(&host),

@@ -12,14 +12,15 @@ use super::names::Names;
 use super::namespace::OwnDevices;
 use super::problem;
 use super::serving::{NotRemoved, NotStarted, Serving};
-use super::state::{Front, StateDir, VolumeRecord, VolumeState, start_of};
+use super::state::{Front, StateDir, VolumeRecord};
 use crate::backing::{Backing, Mode};
-use crate::control::{AttachKind, CopyProgress, VolumeInfo, VolumeStatus};
-use crate::core::Attach;
-use crate::filter::{CopyLoop, FilterConfig, Host};
+use crate::control::{AttachKind, CopyProgress, IntentInfo, VolumeInfo, VolumeStatus};
+use crate::core::{Attach, IntentLoss, IntentStart};
+use crate::filter::{CopyLoop, FilterConfig, Host, SharedState};
 use crate::frontend::users::Users;
 use crate::preflight::HostRoots;
 use crate::sys::pool::PoolMemory;
+use crate::volume_state::{Begin, Found, Geometry, plan};
 
 /// Numbers to try for a block device before giving up.
 const MAX_TRIES: usize = 16;
@@ -42,6 +43,7 @@ pub(super) struct Attached {
     pub(super) info: VolumeInfo,
     pub(super) filtering: Arc<Filtering>,
     pub(super) record: Mutex<VolumeRecord>,
+    state: SharedState,
     /// None once it has ended, and while it is being ended.
     pub(super) serving: Mutex<Option<Serving>>,
     /// The disk behind it, as the kernel calls it; none for a file.
@@ -172,15 +174,24 @@ impl Attached {
     ) -> Result<Arc<Self>, Problem> {
         let identity = backing.identity().ok();
         let (size, blocks) = (backing.size(), backing.blocks());
-        let start = start_of(known.then_some(&record), size, blocks, identity.as_ref());
-        tracing::info!(volume = %record.name, ?start, "attaching a protected volume");
+        let region = ground.config.region.max(ground.config.chunk.get());
+        let geometry = Geometry { volume: record.volume, size, blocks, region };
+        let mut state = ground.state.volume_state(record.volume);
+        let found = match state.load(record.volume) {
+            Found::Nothing if known => Found::Damaged("it is missing".into()),
+            found => found,
+        };
+        let plan = plan(&found, &geometry, identity.as_ref());
+        tracing::info!(volume = %record.name, start = ?plan.start, "attaching a protected volume");
         let pool = PoolMemory::shared_for_claims(record.pool_bytes)
             .map_err(|e| problem::resources("memory for the capture pool", e))?;
-        // From here on the disk says that the replica may be behind.
         (record.size, record.blocks) = (size, blocks);
         record.epoch = ground.host.epoch();
-        record.state = VolumeState::Dirty;
         ground.state.save(&record)?;
+        // From here on the disk says that what is set may differ.
+        let (epoch, set, released) = (record.epoch, &plan.set, plan.released);
+        let begin = Begin { geometry, epoch, identity, set, released };
+        state.begin(&begin).map_err(|e| problem::state(&ground.config.state, &e))?;
         let chunk = ground.config.chunk;
         let attach = Attach {
             volume: record.volume,
@@ -188,7 +199,8 @@ impl Attached {
             blocks,
             chunk,
             pool_bytes: pool.capacity(),
-            start,
+            start: plan.start,
+            intent: Some(IntentStart { set: plan.set, cap: ground.config.max_regions }),
         };
         let key = ground.host.attach(attach).map_err(|e| problem::refused(&e))?;
         let filter = FilterConfig {
@@ -199,10 +211,11 @@ impl Attached {
             chunk,
             engine: ground.config.engine,
         };
+        let state = Arc::new(Mutex::new(state));
         let mut filtering = Filtering::new(record.volume, record.name.clone(), filter);
-        let started = filtering.start_copying(record.copy_rate);
+        let started = filtering.start(&state, record.copy_rate);
         let filtering = Arc::new(filtering);
-        let attached = started.and_then(|()| Self::serve(ground, &filtering, record, known));
+        let attached = started.and_then(|()| Self::serve(ground, &filtering, record, known, state));
         if attached.is_err() {
             ground.lingering.let_go(filtering);
         }
@@ -214,6 +227,7 @@ impl Attached {
         filtering: &Arc<Filtering>,
         mut record: VolumeRecord,
         known: bool,
+        state: SharedState,
     ) -> Result<Arc<Self>, Problem> {
         let origin = ground.roots.name_of(&record.backing);
         origin.iter().for_each(|disk| ground.names.claim_origin(disk, &record.name));
@@ -247,6 +261,7 @@ impl Attached {
             info,
             filtering: Arc::clone(filtering),
             record: Mutex::new(record),
+            state,
             serving: Mutex::new(Some(serving)),
             origin,
             ground: ground.clone(),
@@ -280,7 +295,7 @@ impl Attached {
         Some(VolumeStatus {
             info: VolumeInfo { size: device.backing().size(), ..self.info.clone() },
             order: core.order,
-            reason: core.reason,
+            reason: reason(core.reason, core.intent.and_then(|intent| intent.loss)),
             copy: CopyProgress {
                 remaining_bytes: core.dirty_bytes,
                 total_bytes: core.catch_up_total,
@@ -297,6 +312,12 @@ impl Attached {
             written_bytes: core.written_bytes,
             reads: device.reads(),
             backing_errors: core.backing_errors + device.read_errors(),
+            intent: core.intent.map(|intent| IntentInfo {
+                marked: intent.set,
+                cap: intent.cap,
+                region_bytes: intent.region_bytes,
+                kept: intent.loss.is_none(),
+            }),
         })
     }
 
@@ -403,21 +424,26 @@ impl Attached {
         self.filtering.is_at_rest(limit)
     }
 
-    /// Writes CLEAN when everything captured is durable at the target and nobody is left who may
-    /// write. Serving must have stopped. Returns whether it is clean.
-    pub(super) fn mark_clean(&self) -> Result<bool, Problem> {
-        let mut record = lock(&self.record); // from here on it does not grow
-        let Some(core) = self.ground.host.status(self.id()) else { return Ok(false) };
-        let quiet = self.is_at_rest(Duration::ZERO) && core.in_flight == 0;
-        if !quiet || core.order != CaptureOrder::Ordered || core.captured != core.durable {
+    /// Writes what the target lacks, or that it lacks nothing, when nobody is left who may write.
+    /// Serving must have stopped. Returns whether it lacks nothing.
+    pub(super) fn mark_stopped(&self) -> Result<bool, Problem> {
+        let _record = lock(&self.record); // from here on it does not grow
+        if !self.is_at_rest(Duration::ZERO) {
+            return Ok(false); // the regions that are set are sent
+        }
+        let Some(left) = self.ground.host.left(self.filtering.key()) else { return Ok(false) };
+        let core = &left.status;
+        let complete = core.order == CaptureOrder::Ordered && core.captured == core.durable;
+        // Nothing has a place, and yet something is missing: a marker, or what is in the spool.
+        if core.in_flight > 0 || (left.missing.is_empty() && !complete) {
             return Ok(false);
         }
         let backing = self.filtering.device().backing();
         let identity = backing.sync().and_then(|()| backing.identity());
         let identity = identity.map_err(|e| problem::state(backing.path(), &e))?;
-        record.state = VolumeState::Clean { last: core.captured, identity };
-        self.ground.state.save(&record)?;
-        Ok(true)
+        let stopped = lock(&self.state).stop(identity, core.released, &left.missing, &left.set);
+        stopped.map_err(|e| problem::state(&self.ground.config.state, &e))?;
+        Ok(complete)
     }
 
     /// Leaves the core, when everybody has let go within `grace`. Serving must have stopped.
@@ -432,4 +458,19 @@ impl Attached {
     pub(super) fn let_go(&self) {
         self.ground.lingering.let_go(Arc::clone(&self.filtering));
     }
+}
+
+/// What status says; a map that is not kept is told also while the volume is in order.
+fn reason(catching_up: String, loss: Option<IntentLoss>) -> String {
+    let told = match loss {
+        None => return catching_up,
+        Some(IntentLoss::AllMayDiffer) => {
+            "FS-2052: the state directory cannot be written; a crash now means a whole new copy"
+        }
+        Some(IntentLoss::Nothing) => {
+            "FS-2052: nothing in the state directory can be written; after a crash now, unprotect \
+             the volume and protect it again, because the next start cannot know what changed"
+        }
+    };
+    if catching_up.is_empty() { told.to_owned() } else { format!("{catching_up}; {told}") }
 }

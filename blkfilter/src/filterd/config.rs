@@ -6,7 +6,7 @@ use std::time::Duration;
 use farshore_extent::ChunkSize;
 
 use crate::control::server::Access;
-use crate::core::Limits;
+use crate::core::{Limits, RegionMap};
 use crate::sys::ring::Engine;
 
 /// Settings of the daemon. [`Config::new`] has the defaults.
@@ -27,6 +27,10 @@ pub struct Config {
     pub pool_bytes: u64,
     /// Unit of the copy loop.
     pub chunk: ChunkSize,
+    /// Bytes of a region of the intent map: a power of two, not below the chunk.
+    pub region: u64,
+    /// Regions that may be set before old ones are cleared.
+    pub max_regions: u64,
     /// Bounds of the capture core.
     pub limits: Limits,
     /// Copy rate of a volume that was not given one, in bytes a second; 0 is no limit.
@@ -56,6 +60,8 @@ impl Config {
             access: Access::default(),
             pool_bytes: 256 << 20,
             chunk: ChunkSize::DEFAULT,
+            region: RegionMap::DEFAULT_REGION,
+            max_regions: 1024,
             limits: Limits::default(),
             copy_rate: 0,
             queues: 0,

@@ -1,4 +1,5 @@
-//! The capture side of one attached volume: its place in the core, its device, its copy loop.
+//! The capture side of one attached volume: its place in the core, its device, its copy loop, the
+//! keeper of its intent map.
 //!
 //! It ends in two steps, because the backing device has the last word: [`Filtering::end`] asks,
 //! and [`Filtering::detach`] works once everybody has let go of the device. Whoever cannot wait for
@@ -13,7 +14,7 @@ use farshore_extent::{Problem, VolumeId, VolumeName, VolumeSize};
 
 use super::problem;
 use crate::core::{NewPart, Refused, VolumeKey};
-use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host};
+use crate::filter::{CopyLoop, FilterConfig, FilterDevice, Host, IntentKeeper, SharedState};
 
 /// Between two looks whether everybody has let go.
 const LOOK: Duration = Duration::from_millis(5);
@@ -27,6 +28,8 @@ pub(super) struct Filtering {
     key: VolumeKey,
     device: Arc<FilterDevice>,
     copy: Option<CopyLoop>,
+    /// Writes wait for it, so it ends after everybody else.
+    keeper: Option<IntentKeeper>,
 }
 
 impl Filtering {
@@ -34,11 +37,14 @@ impl Filtering {
     pub(super) fn new(volume: VolumeId, name: VolumeName, config: FilterConfig) -> Self {
         let (host, key) = (Arc::clone(&config.host), config.key);
         let device = FilterDevice::new(config);
-        Self { volume, name, host, key, device, copy: None }
+        Self { volume, name, host, key, device, copy: None, keeper: None }
     }
 
-    /// Starts the copy loop.
-    pub(super) fn start_copying(&mut self, rate: u64) -> Result<(), Problem> {
+    /// Starts keeping the intent map in `state`, and the copy loop.
+    pub(super) fn start(&mut self, state: &SharedState, rate: u64) -> Result<(), Problem> {
+        let keeper = IntentKeeper::start(&self.device, Arc::clone(state));
+        let keeper = keeper.map_err(|e| problem::resources("a thread for the intent map", e))?;
+        self.keeper = Some(keeper);
         let copy = CopyLoop::start(&self.device, rate);
         self.copy = Some(copy.map_err(|e| problem::resources("a thread for the copy loop", e))?);
         Ok(())
@@ -46,6 +52,10 @@ impl Filtering {
 
     pub(super) fn device(&self) -> &Arc<FilterDevice> {
         &self.device
+    }
+
+    pub(super) fn key(&self) -> VolumeKey {
+        self.key
     }
 
     pub(super) fn copy(&self) -> Option<&CopyLoop> {
@@ -57,6 +67,21 @@ impl Filtering {
         self.host.grow(self.key, size, part)
     }
 
+    /// Whether the intent map is kept yet: nothing was written of how the volume stopped.
+    pub(super) fn is_kept(&self) -> bool {
+        self.keeper.as_ref().is_some_and(|keeper| !keeper.has_ended())
+    }
+
+    /// Whether the disk has marks for a volume of `size`, or says that all of it may differ. Waits
+    /// for it for at most `limit`.
+    pub(super) fn is_marked(&self, size: VolumeSize, limit: Duration) -> bool {
+        let marked = || {
+            let intent = self.host.status(self.volume).and_then(|status| status.intent);
+            intent.is_none_or(|intent| intent.loss.is_some() || intent.durable_size >= size)
+        };
+        within(limit, marked)
+    }
+
     /// Takes no new users and stops copying. Waits for nothing.
     pub(super) fn end(&self) {
         self.device.close();
@@ -66,22 +91,18 @@ impl Filtering {
     }
 
     /// Whether everybody has let go: no client, no queue, no copy loop, so nothing is in flight and
-    /// nothing will be. Waits for it for at most `limit`. After [`Self::end`], and without the front
-    /// end, it stays so.
+    /// nothing will be; then the intent map is not changed any more either. Waits for it for at
+    /// most `limit`. After [`Self::end`], and without the front end, it stays so.
     pub(super) fn is_at_rest(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        loop {
-            // Each of them has the device.
-            if Arc::strong_count(&self.device) == 1 {
-                return true;
-            }
-            if Instant::now() >= until {
+        within(limit, || {
+            // Each of them has the device, but not the keeper.
+            if Arc::strong_count(&self.device) > 1 {
                 return false;
             }
-            // Nobody announces that the last user has gone.
-            #[allow(clippy::disallowed_methods)]
-            std::thread::sleep(LOOK);
-        }
+            let keeper = self.keeper.as_ref();
+            keeper.inspect(|keeper| keeper.ask_to_stop());
+            keeper.is_none_or(IntentKeeper::has_ended)
+        })
     }
 
     /// Leaves the core, when everybody has let go within `limit`.
@@ -97,6 +118,21 @@ impl Filtering {
             Err(Refused::Busy(_)) => Err(problem::busy(&self.name)),
             Err(other) => Err(problem::refused(&other)),
         }
+    }
+}
+
+/// Whether it is so, now or within `limit`. For what nobody announces.
+fn within(limit: Duration, is_so: impl Fn() -> bool) -> bool {
+    let until = Instant::now() + limit;
+    loop {
+        if is_so() {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(LOOK);
     }
 }
 

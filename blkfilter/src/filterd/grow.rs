@@ -3,32 +3,31 @@
 //! The order of the steps, each complete before the next:
 //!
 //! 1. The core: the stream has its Resize record, and the new part is sent unless it reads as
-//!    zeroes. No guest can write there yet.
-//! 2. The volume's record, durably.
+//!    zeroes. No guest can write there yet. The intent map marks all of the new part.
+//! 2. The marks and then the new size in the state file, durably; then the volume's record.
 //! 3. The device: clients of a socket that connect from now on see the new size, and a request
 //!    behind the old end is taken.
 //! 4. The kernel, for a block device.
 //!
 //! A process that dies before 1 leaves a smaller volume on a larger backing; one that dies after 1
 //! or 2 one whose users have the old size; one that dies after 3 or 4 may have written to the new
-//! part. In each case the record says DIRTY, as it does from the attach to an orderly stop: the
-//! next start takes the size of the backing as it finds it, tells that size with its `EpochStart`,
-//! shows it to the kernel, and sends again what may differ, the new part included. So nothing is
-//! lost between any two steps. A backing that has grown without any of this, before an orderly
-//! stop, differs from the size on record: everything is sent again.
-//!
-//! Whoever makes a start send less than everything has to keep step 2 behind durable marks for the
-//! new part: a record with the new size must not be found without them.
+//! part. In each case the next start takes the size of the backing as it finds it, tells that size
+//! with its `EpochStart`, and shows it to the kernel. When the state file has another size,
+//! everything is sent again; otherwise what it marks, the new part included. So nothing is lost
+//! between any two steps.
 
 use std::fs;
+use std::time::Duration;
 
 use farshore_extent::{Extent, Problem, SECTOR, VolumeSize};
 
 use super::attached::{Attached, lock};
 use super::problem;
-use super::state::VolumeState;
 use crate::control::Grown;
 use crate::core::{NewPart, Refused};
+
+/// How long the state directory may take for the marks of the new part.
+const MARKING: Duration = Duration::from_secs(10);
 
 impl Attached {
     /// Looks how large the backing is now and lets the volume have that. `dry_run`: only tells what
@@ -61,17 +60,22 @@ impl Attached {
         Ok(grown)
     }
 
-    /// Steps 1 and 2. Under the lock of the record: a stop that goes on without us must not write
-    /// CLEAN between them, nor we a Resize behind its CLEAN.
+    /// Steps 1 and 2. The core is told under the lock of the record: a stop that goes on without us
+    /// must not write what is left before a Resize that it does not know of.
     fn take_over(&self, size: VolumeSize, part: NewPart) -> Result<(), Problem> {
-        let mut record = lock(&self.record);
-        if record.state != VolumeState::Dirty {
+        let record = lock(&self.record);
+        if !self.filtering.is_kept() {
             return Err(problem::stopping());
         }
         self.filtering.grow(size, part).map_err(|e| match e {
             Refused::Shrinks { from, to } => problem::shrunk(&record.name, from, to.get()),
             other => problem::refused(&other),
         })?;
+        drop(record);
+        if !self.filtering.is_marked(size, MARKING) {
+            return Err(problem::not_marked(&self.info.name, &self.ground.config.state));
+        }
+        let mut record = lock(&self.record);
         record.size = size;
         self.ground.state.save(&record)
     }

@@ -1,8 +1,7 @@
 //! The daemon on the source host: protected volumes, their front ends, the control socket.
 //!
-//! Owns the state directory (epoch, volumes) and the order of starting and stopping. DIRTY is the
-//! resting state of a volume on disk; CLEAN is written as the last step of an orderly stop, when
-//! everything captured is durable at the target and the backing was flushed.
+//! Owns the state directory (epoch, volumes) and the order of starting and stopping. What the next
+//! start has to send is on disk all the time (`crate::volume_state`); an orderly stop only narrows it.
 
 mod attached;
 mod attaching;

@@ -1,4 +1,4 @@
-//! What people and the agent are told: FS-2030 to FS-2051, FS-3110, FS-3111, FS-4031,
+//! What people and the agent are told: FS-2030 to FS-2052, FS-3110, FS-3111, FS-4031,
 //! FS-4032 and FS-4036.
 
 use std::fmt::Display;
@@ -212,6 +212,17 @@ pub(super) fn shrunk(name: &VolumeName, from: VolumeSize, to: u64) -> Problem {
          system, unprotect it, make the device smaller, and protect it under another name",
     )
     .with_risk("what is beyond the end of the backing device can be neither read nor written")
+}
+
+/// The state directory takes no marks for the new part of a volume, and gives no error either.
+pub(super) fn not_marked(name: &VolumeName, state: &Path) -> Problem {
+    Problem::harmless(
+        2052,
+        format!("the new part of {name} cannot be marked in {}", state.display()),
+        "the disk of the state directory does not answer",
+        "look at that disk (`dmesg`), then run `farshore volume grow` again; until then the volume \
+         is served with its old size",
+    )
 }
 
 /// The kernel keeps the size of a device in use.

@@ -14,7 +14,7 @@ use super::attaching::Missing;
 use super::choice::{Impossible, choose};
 use super::marker;
 use super::problem;
-use super::state::{Front, VolumeRecord, VolumeState};
+use super::state::{Front, VolumeRecord};
 use super::turns::Turns;
 use crate::control::server::{Response, Serve};
 use crate::control::{
@@ -160,7 +160,6 @@ impl Service {
             size: backing.size(),
             blocks: backing.blocks(),
             epoch: self.ground.host.epoch(),
-            state: known.as_ref().map_or(VolumeState::Dirty, |r| r.state.clone()),
         };
         let (id, is_new, kernel) = (record.volume, known.is_none(), record.front.kernel_name());
         let attached =
@@ -342,18 +341,18 @@ impl Service {
         }
     }
 
-    /// Writes CLEAN where it is true and lets everything go. After [`Self::quiesce`], with nobody
-    /// left who could ask for anything. Returns the volumes that will be copied at the next start.
+    /// Writes what the target lacks of each volume and lets everything go. After [`Self::quiesce`], with nobody
+    /// left who could ask for anything. Returns the volumes of which it lacks something.
     pub(super) fn finish(&self) -> Vec<VolumeName> {
         let mut dirty = Vec::new();
         for volume in self.all() {
             let name = &volume.info.name;
-            match volume.mark_clean() {
+            match volume.mark_stopped() {
                 Ok(true) => tracing::info!(volume = %name, "stopped clean"),
                 Ok(false) => {
                     tracing::warn!(
                         volume = %name,
-                        "not everything is durable at the target; the next start copies again"
+                        "not everything is durable at the target; the next start sends the rest"
                     );
                     dirty.push(name.clone());
                 }

@@ -3,43 +3,28 @@
 //! ```text
 //! STATE/lock             held while a daemon runs
 //! STATE/epoch.json       {"version":1,"epoch":N}, raised at each start before anything else
-//! STATE/volumes/ID.json  a VolumeRecord
+//! STATE/volumes/ID.json  a VolumeRecord: how the volume is served
+//! STATE/volumes/ID.state, ID.ranges  what the next start has to send (`crate::volume_state`)
 //! ```
-//! Every change replaces a whole file durably. A record that is missing or damaged means copy
+//! Every change of a JSON file replaces it whole, durably. A record that is missing or damaged means copy
 //! more, never less.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use farshore_extent::{BlockSizes, Epoch, Lsn, Problem, VolumeId, VolumeName, VolumeSize};
+use farshore_extent::{BlockSizes, Epoch, Problem, VolumeId, VolumeName, VolumeSize};
 use serde::{Deserialize, Serialize};
 
 use super::problem;
-use crate::backing::Identity;
-use crate::core::Start;
 use crate::durable_fs;
+use crate::volume_state::{FileMedium, StateFile};
 
 /// Made by the first start, and there ever after.
 pub(super) const EPOCH_FILE: &str = "epoch.json";
 
 /// Version of the epoch file.
 const EPOCH_VERSION: u32 = 1;
-
-/// Whether the replica can be behind without anybody knowing where.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum VolumeState {
-    /// The resting state: written before the first write of an epoch.
-    Dirty,
-    /// The last step of an orderly stop.
-    Clean {
-        /// Last record; everything up to it was durable at the target.
-        last: Lsn,
-        /// The backing at that moment, flushed.
-        identity: Identity,
-    },
-}
 
 /// How guests reach a volume. The number of a kernel device is kept, so that it has the same name
 /// after every start.
@@ -68,12 +53,11 @@ pub(super) struct VolumeRecord {
     pub(super) blocks: BlockSizes,
     /// The epoch that wrote this.
     pub(super) epoch: Epoch,
-    pub(super) state: VolumeState,
 }
 
 impl VolumeRecord {
-    /// 2: the way of attaching.
-    pub(super) const VERSION: u32 = 2;
+    /// 2: the way of attaching. 3: how the last run ended is in a file of its own.
+    pub(super) const VERSION: u32 = 3;
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -178,16 +162,25 @@ impl StateDir {
 
     pub(super) fn remove(&self, volume: VolumeId) -> Result<(), Problem> {
         let path = self.file(volume);
-        durable_fs::remove(&path).map_err(|e| problem::state(&path, &e))
+        let removed = durable_fs::remove(&path);
+        let state = FileMedium::remove(&self.path.join("volumes"), &volume.to_string());
+        removed.and(state).map_err(|e| problem::state(&path, &e))
+    }
+
+    /// What the last run left of the volume, to be loaded.
+    pub(super) fn volume_state(&self, volume: VolumeId) -> StateFile<FileMedium> {
+        StateFile::new(FileMedium::new(&self.path.join("volumes"), &volume.to_string()))
     }
 }
 
 fn read_record(path: &Path) -> Result<VolumeRecord, Problem> {
     let bytes = fs::read(path).map_err(|e| problem::damaged(path, e))?;
-    let record: VolumeRecord =
+    let mut record: VolumeRecord =
         serde_json::from_slice(&bytes).map_err(|e| problem::damaged(path, e))?;
-    if record.version != VolumeRecord::VERSION {
-        return Err(problem::damaged(path, format!("version {} is unknown", record.version)));
+    match record.version {
+        // What it says of the last run is not looked at: without its own file all is sent again.
+        2 | VolumeRecord::VERSION => record.version = VolumeRecord::VERSION,
+        unknown => return Err(problem::damaged(path, format!("version {unknown} is unknown"))),
     }
     let named = path.file_stem().and_then(|s| s.to_str()).map(str::to_owned);
     if named != Some(record.volume.to_string()) {
@@ -196,40 +189,11 @@ fn read_record(path: &Path) -> Result<VolumeRecord, Problem> {
     Ok(record)
 }
 
-/// How a volume begins this epoch: only a clean stop with an unchanged backing continues.
-pub(super) fn start_of(
-    record: Option<&VolumeRecord>,
-    size: VolumeSize,
-    blocks: BlockSizes,
-    identity: Option<&Identity>,
-) -> Start {
-    let copy = |reason: &str| Start::Copy { reason: reason.to_owned() };
-    let Some(record) = record else { return copy("first copy") };
-    match &record.state {
-        VolumeState::Dirty => copy("filterd had not stopped in order"),
-        VolumeState::Clean { .. } if record.size != size || record.blocks != blocks => {
-            copy("the size of the backing device changed")
-        }
-        VolumeState::Clean { last, identity: before } => match identity {
-            Some(now) if now == before => Start::Continues { last: *last },
-            Some(_) => copy("the backing device changed while filterd was stopped"),
-            None => copy("nothing tells whether the backing device changed"),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use farshore_extent::Seq;
-
     use super::*;
-    use crate::backing::FileIdentity;
 
-    fn identity(mtime_ns: i64) -> Identity {
-        Identity::File(FileIdentity { dev: 1, ino: 2, size: 1 << 20, mtime_ns, ctime_ns: 3 })
-    }
-
-    fn record(state: VolumeState) -> VolumeRecord {
+    fn record() -> VolumeRecord {
         VolumeRecord {
             version: VolumeRecord::VERSION,
             volume: VolumeId::random(),
@@ -242,29 +206,6 @@ mod tests {
             size: VolumeSize::new(1 << 20).unwrap(),
             blocks: BlockSizes::E512,
             epoch: Epoch::new(4),
-            state,
-        }
-    }
-
-    #[test]
-    fn only_a_clean_stop_with_an_unchanged_backing_continues() {
-        let last = Lsn::new(Epoch::new(4), Seq::new(9));
-        let clean = record(VolumeState::Clean { last, identity: identity(5) });
-        let dirty = record(VolumeState::Dirty);
-        let (size, blocks) = (clean.size, clean.blocks);
-        let start = |record, size, blocks, identity: Option<Identity>| matches!(start_of(record, size, blocks, identity.as_ref()), Start::Continues { last: l } if l == last);
-        let larger = VolumeSize::new(2 << 20).unwrap();
-        let other = BlockSizes::new(4096, 4096).unwrap();
-        for (record, size, blocks, identity, continues) in [
-            (Some(&clean), size, blocks, Some(identity(5)), true),
-            (Some(&clean), size, blocks, Some(identity(6)), false),
-            (Some(&clean), size, blocks, None, false),
-            (Some(&clean), larger, blocks, Some(identity(5)), false),
-            (Some(&clean), size, other, Some(identity(5)), false),
-            (Some(&dirty), size, blocks, Some(identity(5)), false),
-            (None, size, blocks, Some(identity(5)), false),
-        ] {
-            assert_eq!(start(record, size, blocks, identity), continues);
         }
     }
 
@@ -274,7 +215,7 @@ mod tests {
         let state = StateDir::open(dir.path()).unwrap();
         assert_eq!(state.raise_epoch(&[]).unwrap(), Epoch::new(1));
         assert_eq!(state.raise_epoch(&[]).unwrap(), Epoch::new(2));
-        let known = record(VolumeState::Dirty);
+        let known = record();
         fs::write(dir.path().join("epoch.json"), b"{damaged").unwrap();
         assert!(state.raise_epoch(&[]).is_err(), "nobody knows the epoch");
         assert_eq!(state.raise_epoch(&[known]).unwrap(), Epoch::new(5));
@@ -285,7 +226,7 @@ mod tests {
     fn a_damaged_record_does_not_hide_the_others() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::open(dir.path()).unwrap();
-        let good = record(VolumeState::Clean { last: Lsn::ZERO, identity: identity(5) });
+        let good = record();
         state.save(&good).unwrap();
         let volumes = dir.path().join("volumes");
         fs::write(volumes.join(format!("{}.json", VolumeId::random())), b"{").unwrap();

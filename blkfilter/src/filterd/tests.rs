@@ -12,12 +12,13 @@ use super::config::Config;
 use super::names::Names;
 use super::namespace::OwnDevices;
 use super::service::Service;
-use super::state::{Front, StateDir, VolumeRecord, VolumeState};
+use super::state::{Front, StateDir, VolumeRecord};
 use crate::control::server::Serve;
 use crate::control::{AttachKind, Reply, Request};
 use crate::device::Device;
 use crate::filter::Host;
 use crate::preflight::HostRoots;
+use crate::volume_state::{Found, Left};
 
 const SIZE: u64 = 1 << 20;
 
@@ -66,7 +67,6 @@ impl World {
             size: VolumeSize::new(SIZE).unwrap(),
             blocks: BlockSizes::E512,
             epoch: Epoch::new(1),
-            state: VolumeState::Dirty,
         }
     }
 
@@ -132,13 +132,16 @@ fn a_volume_is_not_marked_clean_while_somebody_is_still_at_it() {
     world.make_ordered(record.volume);
     let client = Arc::clone(attached.device()).open_queue().unwrap();
     attached.stop_serving(Duration::ZERO);
-    assert!(!attached.mark_clean().unwrap(), "a client may write yet");
-    let stored = || world.ground.state.volumes().unwrap().0.remove(0).state;
-    assert_eq!(stored(), VolumeState::Dirty);
+    assert!(!attached.mark_stopped().unwrap(), "a client may write yet");
+    let left = || match world.ground.state.volume_state(record.volume).load(record.volume) {
+        Found::Stored(stored) => stored.left,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(left(), Left::Regions { .. }));
     drop(client);
     assert!(attached.is_at_rest(LIMIT));
-    assert!(attached.mark_clean().unwrap());
-    assert!(matches!(stored(), VolumeState::Clean { .. }));
+    assert!(attached.mark_stopped().unwrap());
+    assert!(matches!(left(), Left::Ranges { ranges, .. } if ranges.is_empty()));
 }
 
 fn service(world: &World, names: &[&str]) -> (Arc<Service>, Vec<VolumeRecord>) {
@@ -197,7 +200,11 @@ fn a_stop_waits_for_no_disk_that_hangs_and_what_comes_late_is_not_served() {
     service.enter(Arc::clone(&late));
     assert!(!late.is_served() && listed(&service).is_empty());
     assert_eq!(service.finish(), []);
-    assert_eq!(world.ground.state.volumes().unwrap().0[0].state, VolumeState::Dirty);
+    let id = records[0].volume;
+    let Found::Stored(stored) = world.ground.state.volume_state(id).load(id) else {
+        panic!("no state")
+    };
+    assert!(matches!(stored.left, Left::Regions { .. }), "it has not stopped in order");
 }
 
 #[test]

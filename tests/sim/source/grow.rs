@@ -1,7 +1,7 @@
 //! A disk of the source that gets larger under its users.
 
 use farshore_blkfilter::core::NewPart;
-use farshore_extent::{CaptureOrder, Lsn, SECTOR, VolumeSize};
+use farshore_extent::{CaptureOrder, Lsn};
 
 use super::Source;
 use crate::coverage::{Coverage, Seen};
@@ -27,8 +27,7 @@ impl Source {
         let content: Vec<Content> = (next_old..next_old + more as u64)
             .map(|id| if old && rng.chance(700) { id } else { 0 })
             .collect();
-        disk.medium.extend_from_slice(&content);
-        disk.size = VolumeSize::new((total + more) as u64 * SECTOR).expect("sectors");
+        disk.grow(&content);
         let (id, key, size) = (disk.id, disk.key(), disk.size);
         let part = if old { NewPart::Unknown } else { NewPart::Zero };
         let ordered = self.order(id) == CaptureOrder::Ordered;

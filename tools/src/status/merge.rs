@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use farshore_blkfilter::control::VolumeStatus;
+use farshore_blkfilter::control::{IntentInfo, VolumeStatus};
 use farshore_extent::{CaptureOrder, PairState, Problem, VolumeId, VolumeName, WallTime};
 use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus, SpoolInfo};
 use serde::Serialize;
@@ -70,6 +70,8 @@ pub struct Row {
     pub writes: Option<u64>,
     /// Source: where its changes go, and what waits in the spool.
     pub spool: Option<SpoolInfo>,
+    /// Source: regions that a crash of filterd now would have sent again.
+    pub intent: Option<IntentInfo>,
 }
 
 /// What is wrong, and with what.
@@ -157,6 +159,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         backing: None,
         writes: None,
         spool: None,
+        intent: None,
     }
 }
 
@@ -211,6 +214,7 @@ fn of_source(
         backing: Some(v.info.backing.clone()),
         writes: Some(v.writes),
         spool: known.map(|k| k.spool.clone()),
+        intent: v.intent.clone(),
     }
 }
 
@@ -224,6 +228,7 @@ fn both(target: Row, source: Row) -> Row {
         backing: source.backing,
         writes: source.writes,
         spool: source.spool,
+        intent: source.intent,
         ..target
     }
 }

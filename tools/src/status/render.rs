@@ -157,7 +157,7 @@ fn problems(problems: &[Trouble]) -> String {
 pub mod tests_data {
     //! Three volumes: well, slow, and being copied.
     use farshore_blkfilter::control::{
-        Attachment, BackendKind, CopyProgress, VolumeInfo, VolumeStatus,
+        Attachment, BackendKind, CopyProgress, IntentInfo, VolumeInfo, VolumeStatus,
     };
     use farshore_extent::{
         BlockSizes, CaptureOrder, Epoch, Lsn, PairState, Problem, Seq, VolumeId, VolumeName,
@@ -270,6 +270,7 @@ pub mod tests_data {
             written_bytes: 4 << 20,
             reads: 10,
             backing_errors: 0,
+            intent: Some(IntentInfo { marked: 7, cap: 1024, region_bytes: 16 << 20, kept: true }),
         };
         let agent = AgentStatus {
             target: "backup:9443".into(),

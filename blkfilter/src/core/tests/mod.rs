@@ -2,6 +2,7 @@
 
 mod group;
 mod grow;
+mod intent;
 mod model;
 mod rig;
 mod rules;

@@ -67,6 +67,10 @@ pub(super) struct Rig {
     pub(super) copy_ends: Vec<CopyEnd>,
     pub(super) copy_wanted: bool,
     pub(super) broken: Vec<MarkerId>,
+    /// For the next volume.
+    pub(super) intent: Option<IntentStart>,
+    pub(super) intent_wanted: bool,
+    pub(super) own_flush: Option<IoKey>,
     /// Content of writes in spare buffers.
     spare: BTreeMap<Token, Vec<u64>>,
     owner: BTreeMap<Token, VolumeKey>,
@@ -94,6 +98,7 @@ pub(super) fn attach(size: u64, pool: u64, start: Start) -> Attach {
         chunk: ChunkSize::tiny(CHUNK * UNIT),
         pool_bytes: pool * UNIT,
         start,
+        intent: None,
     }
 }
 
@@ -111,6 +116,9 @@ impl Rig {
             copy_ends: vec![],
             copy_wanted: false,
             broken: vec![],
+            intent: None,
+            intent_wanted: false,
+            own_flush: None,
             spare: BTreeMap::new(),
             owner: BTreeMap::new(),
             next: 1,
@@ -127,7 +135,9 @@ impl Rig {
 
     pub(super) fn attach(&mut self, size: u64, pool: u64, start: Start) -> VolumeKey {
         let ordered = start == continues();
-        let key = self.core.attach(self.now, attach(size, pool, start), &mut self.out).unwrap();
+        let intent = self.intent.take();
+        let attach = Attach { intent, ..attach(size, pool, start) };
+        let key = self.core.attach(self.now, attach, &mut self.out).unwrap();
         let len = usize::try_from(size).unwrap();
         self.keys.push(key);
         self.disks.push(vec![0; len]);
@@ -235,6 +245,8 @@ impl Rig {
                 Action::CopyWanted { .. } => self.copy_wanted = true,
                 Action::HoldBroken { marker } => self.broken.push(marker),
                 Action::Recorded { .. } => {}
+                Action::IntentWanted { .. } => self.intent_wanted = true,
+                Action::FlushWanted { io, .. } => self.own_flush = Some(io),
             }
         }
     }

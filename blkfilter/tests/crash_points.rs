@@ -484,7 +484,7 @@ fn explore(faults: Faults, depth: usize) -> (u64, Option<(Vec<Step>, String)>) {
 
 #[test]
 fn no_crash_of_a_short_history_leaves_out_what_differs() {
-    let depth = if std::env::var_os("FARSHORE_SOAK").is_some() { 13 } else { 10 };
+    let depth = if std::env::var_os("FARSHORE_SOAK").is_some() { 12 } else { 9 };
     let (histories, failure) = explore(Faults::default(), depth);
     if let Some((steps, why)) = failure {
         panic!("{why}\nafter {steps:?}");

@@ -9,7 +9,8 @@ use farshore_changelog::limits::{
     BATCH_RAW_TARGET, MAX_DATALESS_LEN, MAX_MARKER_NAME, MAX_RECORD_PAYLOAD,
 };
 use farshore_changelog::{
-    BatchBuilder, BatchContext, EncodedBatch, EpochStart, Marker, MarkerState, Record, RecordBody,
+    BatchBuilder, BatchContext, EncodedBatch, EpochStart, HashPurpose, Marker, MarkerState, Record,
+    RecordBody,
 };
 use farshore_extent::{Epoch, Extent, Lsn, Problem, SECTOR, Seq, VolumeId};
 
@@ -249,6 +250,11 @@ impl Feed {
             DescriptorBody::Unknown { extent } => {
                 check_extent(seq, *extent, MAX_DATALESS_LEN)?;
                 RecordBody::Unknown { extent: *extent }
+            }
+            DescriptorBody::Hash { extent, verify, digest } => {
+                check_extent(seq, *extent, MAX_DATALESS_LEN)?;
+                let purpose = if *verify { HashPurpose::Verify } else { HashPurpose::Resync };
+                RecordBody::Hash { extent: *extent, purpose, digest: *digest }
             }
             DescriptorBody::Marker { marker, kind, group, name, pending } => {
                 if name.len() > MAX_MARKER_NAME {

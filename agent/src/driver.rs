@@ -307,6 +307,7 @@ impl Driver {
                 }
                 self.line.release(volume, upto);
             }
+            Action::Compared { volume, upto, answer } => self.line.compared(volume, upto, answer),
             Action::Remember { volume, memory } => {
                 // A few milliseconds at most every 5 s; nothing else may happen in between.
                 tokio::task::block_in_place(|| self.memory.set(volume, memory))
@@ -453,6 +454,7 @@ impl Driver {
             | FromTarget::Opened(_)
             | FromTarget::Refused { .. }
             | FromTarget::Ack { .. }
+            | FromTarget::Compared { .. }
             | FromTarget::Reopen { .. } => {} // taken by the link or the core
         }
     }
@@ -568,13 +570,9 @@ impl Driver {
     }
 
     pub(crate) fn show(&self) {
-        let status = self.reporter.status(
-            self.address(),
-            &self.session,
-            self.filterd_problem.as_ref(),
-            self.start.elapsed(),
-        );
-        self.board.show(status);
+        let (address, since) = (self.address(), self.start.elapsed());
+        let problem = self.filterd_problem.as_ref();
+        self.board.show(self.reporter.status(address, &self.session, problem, since));
     }
 }
 

@@ -118,6 +118,7 @@ async fn ask(
         | FromTarget::Refused { .. }
         | FromTarget::Ack { .. }
         | FromTarget::Reopen { .. }
+        | FromTarget::Compared { .. }
         | FromTarget::Policy { .. }
         | FromTarget::Tag { .. }
         | FromTarget::Replica { .. }

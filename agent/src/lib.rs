@@ -10,6 +10,7 @@
 //! is not durable at the target is durable in the spool or still in `filterd`.
 #![forbid(unsafe_code)]
 
+mod answers;
 pub mod batch;
 pub mod config;
 mod driver;

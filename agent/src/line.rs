@@ -1,17 +1,22 @@
 //! The agent's line to `filterd` for everything but records: one blocking thread that lists
-//! volumes about once a second, releases what is durable, and cuts markers.
+//! volumes about once a second, releases what is durable, cuts markers, and passes on what the
+//! target said about digests.
 //!
 //! Releases are cumulative, so only the newest of each volume waits; after a failure it is tried
-//! again with the next listing.
+//! again with the next listing. Answers about digests keep their order, and wait until `filterd`
+//! has heard them or has begun a new epoch.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use farshore_blkfilter::control::{Client, MarkerPlaced, MarkerRequest, VolumeStatus};
+use farshore_blkfilter::control::{
+    Client, CompareAnswer, MarkerPlaced, MarkerRequest, VolumeStatus,
+};
 use farshore_extent::{Lsn, Problem, VolumeId};
 
+use crate::answers::Answers;
 use crate::limits::LIST_INTERVAL;
 use crate::problem;
 
@@ -47,10 +52,21 @@ pub type Sink = Box<dyn Fn(FromFilterd) + Send>;
 #[derive(Default)]
 struct Work {
     releases: BTreeMap<VolumeId, Lsn>,
+    answers: BTreeMap<VolumeId, Answers>,
     markers: VecDeque<(Purpose, MarkerRequest)>,
     /// List the volumes at once.
     look: bool,
     exit: bool,
+}
+
+impl Work {
+    fn is_idle(&self) -> bool {
+        !self.exit
+            && !self.look
+            && self.markers.is_empty()
+            && self.releases.is_empty()
+            && self.answers.is_empty()
+    }
 }
 
 #[derive(Default)]
@@ -77,8 +93,14 @@ impl Line {
     /// When the system gives no thread.
     pub fn spawn(socket: PathBuf, sink: Sink) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let worker =
-            Worker { socket, sink, shared: shared.clone(), client: None, failed: BTreeMap::new() };
+        let worker = Worker {
+            socket,
+            sink,
+            shared: shared.clone(),
+            client: None,
+            failed: BTreeMap::new(),
+            answers: BTreeMap::new(),
+        };
         std::thread::Builder::new().name("filterd-line".to_owned()).spawn(|| worker.run())?;
         Ok(Self { shared })
     }
@@ -95,6 +117,12 @@ impl Line {
     /// Lists the volumes at once.
     pub fn look(&self) {
         self.shared.lock().look = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// What the target said about digests up to `upto`.
+    pub fn compared(&self, volume: VolumeId, upto: Lsn, answer: CompareAnswer) {
+        self.shared.lock().answers.entry(volume).or_default().push(upto, answer);
         self.shared.changed.notify_all();
     }
 
@@ -126,16 +154,24 @@ struct Worker {
     client: Option<Client>,
     /// Releases that did not arrive: said again after the next listing.
     failed: BTreeMap<VolumeId, Lsn>,
+    /// Answers that were not heard yet.
+    answers: BTreeMap<VolumeId, Answers>,
 }
 
 impl Worker {
     fn run(mut self) {
         let mut next_list = Instant::now();
         loop {
-            let Work { releases, markers, look, exit } = self.wait(next_list);
+            let Work { releases, answers, markers, look, exit } = self.wait(next_list);
             for (purpose, request) in markers {
                 let result = self.call(|c| c.marker(request));
                 (self.sink)(FromFilterd::Marked(purpose, result));
+            }
+            if !answers.is_empty() {
+                for (volume, newer) in answers {
+                    self.answers.entry(volume).or_default().append(newer);
+                }
+                self.answer();
             }
             self.release(releases);
             if exit {
@@ -148,6 +184,8 @@ impl Worker {
                     Ok((volumes, recorded)) => {
                         let attached = volumes.iter().map(|v| v.info.volume);
                         let recorded = recorded.into_iter().chain(attached).collect();
+                        self.forget_old_answers(&volumes);
+                        self.answer();
                         let again = std::mem::take(&mut self.failed);
                         self.release(again);
                         FromFilterd::Volumes(volumes, recorded)
@@ -162,12 +200,43 @@ impl Worker {
     /// Takes the work that there is; `exit` stays.
     fn wait(&self, until: Instant) -> Work {
         let limit = until.saturating_duration_since(Instant::now());
-        let idle =
-            |w: &mut Work| !w.exit && !w.look && w.markers.is_empty() && w.releases.is_empty();
+        let idle = |w: &mut Work| w.is_idle();
         let guard = self.shared.changed.wait_timeout_while(self.shared.lock(), limit, idle);
         let (mut work, _) = guard.unwrap_or_else(PoisonError::into_inner);
         let exit = work.exit;
         std::mem::replace(&mut work, Work { exit, ..Work::default() })
+    }
+
+    /// Says what waits; what was not heard waits on.
+    fn answer(&mut self) {
+        let mut all = std::mem::take(&mut self.answers);
+        for (volume, answers) in &mut all {
+            while let Some((upto, answer)) = answers.front() {
+                match self.call(|c| c.compared(*volume, *upto, answer.clone())) {
+                    Ok(()) => {}
+                    Err(problem) if is_refusal(&problem) => {
+                        tracing::warn!(%volume, %upto, %problem, "filterd does not want an answer");
+                    }
+                    Err(problem) => {
+                        tracing::debug!(%volume, %upto, %problem, "an answer did not arrive");
+                        break;
+                    }
+                }
+                answers.pop();
+            }
+        }
+        all.retain(|_, answers| !answers.is_empty());
+        self.answers = all;
+    }
+
+    fn forget_old_answers(&mut self, volumes: &[VolumeStatus]) {
+        self.answers.retain(|volume, answers| {
+            let status = volumes.iter().find(|v| v.info.volume == *volume);
+            status.is_some_and(|status| {
+                answers.forget_before(status.info.epoch);
+                !answers.is_empty()
+            })
+        });
     }
 
     fn release(&mut self, releases: BTreeMap<VolumeId, Lsn>) {

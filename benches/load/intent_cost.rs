@@ -130,8 +130,8 @@ fn write(
     let (mut sum, mut longest) = (Duration::ZERO, Duration::ZERO);
     while ended < offsets.len() {
         while sent < offsets.len() && queue.in_flight() < depth {
-            let slot = queue.reserve(BLOCK as u32, SlotUse::Write)?;
-            queue.bytes(&slot).fill(sent as u8 | 1);
+            let slot = queue.reserve(u32::try_from(BLOCK)?, SlotUse::Write)?;
+            queue.bytes(&slot).fill(0xA5);
             let extent = Extent::new(offsets[sent], BLOCK)?;
             begun[sent] = Instant::now();
             queue.submit(Tag(sent as u64), Request::Write { extent, slot, fua: false });

@@ -361,7 +361,10 @@ impl World {
                 }
                 self.cache.retain(|(_, value, _)| !running.covers.contains(value));
             }
-            Backing::Zero { .. } | Backing::Read { .. } | Backing::CheckHole { .. } => {}
+            Backing::Zero { .. }
+            | Backing::Read { .. }
+            | Backing::Digest { .. }
+            | Backing::CheckHole { .. } => {}
         }
         self.step(Event::BackingDone { io: running.io, outcome });
         self.record(running.value);
@@ -436,7 +439,7 @@ impl World {
     /// reader that is not refused.
     fn check_start(&self, plan: &Plan) -> Result<(), String> {
         let sent: Vec<usize> = match &plan.start {
-            Start::Copy { .. } => return Ok(()),
+            Start::Copy { .. } | Start::Compare { .. } => return Ok(()),
             Start::Continues { .. } => return Err("a crash is taken for a clean stop".into()),
             Start::CopyPart { ranges, .. } => ranges.iter().map(|r| region_of(*r)).collect(),
         };

@@ -1,4 +1,5 @@
-//! Every problem the target tells a person, one function a cause. 50xx link and enrolment, 65xx
+//! Every problem the target tells a person, one function a cause. 3120 verification, 50xx link and
+//! enrolment, 65xx
 //! the daemon and its volumes, 66xx points and views.
 
 use std::fmt::Display;
@@ -261,6 +262,26 @@ pub fn store(name: &VolumeName, why: &dyn Display) -> Problem {
         "check disk space and the kernel log, then restart the target daemon",
     )
     .with_risk("nothing acknowledged is lost; new writes wait on the source")
+}
+
+/// FS-3120: verification found content that is not the source's.
+#[must_use]
+pub fn differs(name: &VolumeName, bytes: u64) -> Problem {
+    Problem::harmless(
+        3120,
+        format!("verification found content of {name} that is not the source's"),
+        format!(
+            "{bytes} bytes are not the same at the same number of the log: one side lost or \
+             changed data unseen"
+        ),
+        format!(
+            "keep the events and the kernel logs of both sides, then run on the source: farshore \
+             resync {name}"
+        ),
+    )
+    .with_risk(
+        "points until now may hold the wrong bytes; choose one and test it before you rely on it",
+    )
 }
 
 /// FS-6530: no such volume.

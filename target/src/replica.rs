@@ -36,10 +36,23 @@ pub(crate) struct Facts {
     pub(crate) journal_bytes: u64,
     /// Points kept.
     pub(crate) points: PointSummary,
+    /// Digests of the session that has it open.
+    pub(crate) compared: Comparison,
+    /// Bytes that verification found to be wrong and that nothing has put right since.
+    pub(crate) wrong_bytes: u64,
     /// Views open.
     pub(crate) views: u32,
     /// Why it does not work; none when it does.
     pub(crate) problem: Option<Problem>,
+}
+
+/// What was compared with digests of the source since it opened the volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Comparison {
+    /// Digests looked at.
+    pub(crate) digests: u64,
+    /// How many of them differ.
+    pub(crate) differing: u64,
 }
 
 /// A replica.
@@ -73,6 +86,8 @@ impl Replica {
                 order: CaptureOrder::CatchUp,
                 journal_bytes: 0,
                 points: PointSummary::default(),
+                compared: Comparison::default(),
+                wrong_bytes: 0,
                 views: 0,
                 problem: None,
             }),

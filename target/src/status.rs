@@ -7,6 +7,7 @@ use farshore_extent::{CaptureOrder, HostId, PairState, Problem, WallTime};
 use farshore_protocol::admin::ReplicaStatus;
 
 use crate::daemon::Daemon;
+use crate::problem;
 use crate::replica::Facts;
 
 /// A source that said nothing for so long is as good as disconnected; it reports every second.
@@ -61,6 +62,8 @@ fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> 
         last_drill: None,
         views: facts.views,
         journal_bytes: facts.journal_bytes,
+        digests: facts.compared.digests,
+        differing: facts.compared.differing,
         problems: problems(facts, rpo, target),
     }
 }
@@ -68,7 +71,7 @@ fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> 
 /// The worst that is true. Points cut by hand only (interval 0) make no volume lag.
 fn state(facts: &Facts, rpo: Option<Duration>, target: Duration) -> PairState {
     let late = rpo.is_none_or(|rpo| rpo > target) && facts.row.point_interval_ms != 0;
-    if facts.problem.is_some() {
+    if facts.problem.is_some() || (facts.wrong_bytes > 0 && !facts.row.unprotected) {
         PairState::Broken
     } else if facts.row.unprotected {
         PairState::Unprotected
@@ -88,6 +91,9 @@ fn problems(facts: &Facts, rpo: Option<Duration>, target: Duration) -> Vec<Probl
         return all;
     }
     let name = &facts.row.name;
+    if facts.wrong_bytes > 0 {
+        all.push(problem::differs(name, facts.wrong_bytes));
+    }
     let behind = "writes since the newest point are not on the replica yet";
     let silent = facts.report.as_ref().is_some_and(|(_, when)| when.elapsed() > REPORT_STALE);
     if facts.session.is_none() {
@@ -142,6 +148,7 @@ mod tests {
 
     use super::*;
     use crate::catalogue::{PointSummary, VolumeRow};
+    use crate::replica::Comparison;
     use crate::session::Registry;
 
     const TARGET: Duration = Duration::from_secs(30);
@@ -169,6 +176,8 @@ mod tests {
             order: CaptureOrder::Ordered,
             journal_bytes: 0,
             points: PointSummary { count: 3, newest, oldest: newest },
+            compared: Comparison::default(),
+            wrong_bytes: 0,
             views: 0,
             problem: None,
         }
@@ -189,6 +198,8 @@ mod tests {
         assert_eq!(told(&healthy(), 101), (PairState::Lagging, vec![3107], Some(31_000)));
         let broken = Facts { problem: Some(crate::problem::stopping()), ..healthy() };
         assert_eq!(told(&broken, 75).0, PairState::Broken);
+        let wrong = Facts { wrong_bytes: 4096, ..healthy() };
+        assert_eq!(told(&wrong, 75), (PairState::Broken, vec![3120], Some(5_000)));
     }
 
     #[test]

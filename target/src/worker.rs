@@ -4,6 +4,7 @@
 //! then acknowledges; while it commits, the next batches gather. Moves the watermark `journaled`.
 //! Turns markers that became points into rows of the catalogue. Never talks to a network.
 
+mod compare;
 mod points;
 
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::catalogue::{NewPoint, SharedCatalogue};
 use crate::daemon::AgeClock;
 use crate::problem;
-use crate::replica::Replica;
+use crate::replica::{Comparison, Replica};
 use crate::session::verdict::{Decision, FIRST_GENERATION, Position, decide};
 use crate::session::{Outbox, SessionId, VerifiedBatch};
 use crate::store::{
@@ -148,6 +149,7 @@ impl Worker {
             if !going {
                 return;
             }
+            self.compare_step();
             self.turns += 1;
             if self.turns >= EXPIRE_TURNS {
                 self.expire_step();
@@ -172,6 +174,9 @@ impl Worker {
 
     /// One bounded step of what can wait; whether there is more.
     fn idle_step(&mut self) -> bool {
+        if self.compare_step() {
+            return true;
+        }
         if self.expiring.is_some() {
             self.expire_step();
             return true;
@@ -228,6 +233,7 @@ impl Worker {
             return;
         }
         self.commit();
+        self.forget_questions();
         if self.store.is_none() {
             self.open_store();
         }
@@ -279,12 +285,14 @@ impl Worker {
             facts.session = Some(session);
             facts.report = None;
             facts.problem = None;
+            facts.compared = Comparison::default();
         });
     }
 
     fn detach(&mut self, session: SessionId) {
         if self.sender.as_ref().is_some_and(|s| s.session == session) {
             self.commit();
+            self.forget_questions();
             self.sender = None;
             self.replica.update(|facts| {
                 facts.session = None;
@@ -416,6 +424,7 @@ impl Worker {
             facts.floor = at.floor;
             facts.order = at.order;
             facts.journal_bytes = store.journal_bytes();
+            facts.wrong_bytes = store.wrong().bytes();
         });
     }
 

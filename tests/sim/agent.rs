@@ -188,6 +188,9 @@ impl Agent {
                     }
                     source.release(volume, upto, coverage);
                 }
+                Action::Compared { volume, upto, answer } => {
+                    source.compared(volume, upto, &answer, coverage);
+                }
                 Action::Remember { volume, memory: kept } => {
                     memory.insert(volume, kept);
                 }

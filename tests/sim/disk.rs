@@ -242,7 +242,7 @@ impl Disk {
     /// the place that the state file names.
     fn check(&self, plan: &Plan, coverage: &mut Coverage) {
         let again: ExtentSet = match &plan.start {
-            Start::Copy { .. } => return,
+            Start::Copy { .. } | Start::Compare { .. } => return,
             Start::Continues { .. } => ExtentSet::new(),
             Start::CopyPart { ranges, .. } => {
                 coverage.saw(Seen::CopiedInPart);

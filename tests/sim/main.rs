@@ -153,4 +153,7 @@ planted! {
     finds_a_sync_that_was_tried_again: store.sync_retried;
     finds_a_name_that_was_not_durable: store.no_dir_sync;
     finds_a_batch_taken_twice: store.no_duplicate_filter;
+    finds_a_digest_compared_with_newer_content: store.judge_newest_content;
+    finds_a_digest_compared_before_it_is_durable: store.judge_before_durable;
+    finds_lost_answers_that_are_not_said: session.lost_answers_not_said;
 }

@@ -7,7 +7,7 @@ mod grow;
 
 use std::collections::BTreeMap;
 
-use farshore_blkfilter::control::Descriptor;
+use farshore_blkfilter::control::{CompareAnswer, Descriptor};
 use farshore_blkfilter::core::{
     Action, Backing, Buffer, CaptureCore, CopyEnd, Event, Faults, HoldEnd, IoKey, Limits,
     MarkerSpec, Now, Outcome, QueueId, Token,
@@ -241,7 +241,7 @@ impl Source {
             Backing::Zero { extent, .. } => {
                 (extent, vec![0; usize::try_from(extent.len()).expect("small")])
             }
-            Backing::Read { extent, slot } => {
+            Backing::Read { extent, slot } | Backing::Digest { extent, slot } => {
                 let medium = disk.medium[sectors(extent)].to_vec();
                 let bytes: Vec<u8> = medium.iter().flat_map(|c| sector_bytes(*c)).collect();
                 disk.pool_mut(slot).copy_from_slice(&bytes);
@@ -278,6 +278,11 @@ impl Source {
                     Outcome::Data { crc: crc32c::crc32c(bytes) }
                 }
             }
+            Backing::Digest { slot, .. } => {
+                let bytes = disk.pool_bytes(slot);
+                let digest = *blake3::hash(bytes).as_bytes();
+                Outcome::Digest { digest, zero: bytes.iter().all(|b| *b == 0) }
+            }
             Backing::CheckHole { extent } => {
                 let hole = disk.medium[sectors(extent)].iter().all(|c| *c == 0);
                 if hole { Outcome::Zeroes } else { Outcome::NotHole }
@@ -289,11 +294,14 @@ impl Source {
                 disk.completed(&op.covers, fua && !op.fails);
             }
             Backing::Flush => disk.flushed(&op.covers),
-            Backing::Read { .. } | Backing::CheckHole { .. } => {}
+            Backing::Read { .. } | Backing::Digest { .. } | Backing::CheckHole { .. } => {}
         }
         let written = match op.what {
             Backing::Write { extent, .. } | Backing::Zero { extent, .. } => Some(extent),
-            Backing::Read { .. } | Backing::CheckHole { .. } | Backing::Flush => None,
+            Backing::Read { .. }
+            | Backing::Digest { .. }
+            | Backing::CheckHole { .. }
+            | Backing::Flush => None,
         };
         if let (Some(extent), Some(asked)) = (written, self.asked.get_mut(&op.token)) {
             let content = if op.fails {
@@ -384,6 +392,7 @@ impl Source {
         disk.copying = false;
         match end {
             CopyEnd::Copied { .. } => coverage.saw(Seen::Copied),
+            CopyEnd::Compared { .. } => coverage.saw(Seen::Asked),
             CopyEnd::Clean | CopyEnd::PoolBusy => disk.copy_wanted = false,
             CopyEnd::NotHole => coverage.saw(Seen::HoleFilled),
             CopyEnd::Failed => {}
@@ -495,6 +504,38 @@ impl Source {
         self.actions = actions;
     }
 
+    /// What the target said about digests.
+    pub fn compared(
+        &mut self,
+        volume: VolumeId,
+        upto: Lsn,
+        answer: &CompareAnswer,
+        coverage: &mut Coverage,
+    ) {
+        let key = self.disk(volume).key();
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        // One that is ahead must be refused, one of an older epoch changes nothing.
+        if self.core.compared(now, key, upto, answer, &mut actions).is_ok() {
+            coverage.saw(match answer {
+                CompareAnswer::Differing(_) => Seen::AnswersTaken,
+                CompareAnswer::Lost => Seen::AnswersLost,
+            });
+        }
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
+    /// Starts a verify of one volume; it must never find anything.
+    pub fn verify(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        let key = self.disks[rng.index(self.disks.len())].key();
+        let now = self.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        self.core.verify(now, key, true, &mut actions).expect("attached");
+        self.carry_out(&mut actions, coverage);
+        self.actions = actions;
+    }
+
     pub fn disk(&self, volume: VolumeId) -> &Disk {
         self.disks.iter().find(|d| d.id == volume).expect("a volume of this host")
     }
@@ -525,6 +566,17 @@ impl Source {
     /// Nothing in flight and nobody waiting.
     pub fn is_idle(&self) -> bool {
         self.in_flight.is_empty() && self.asked.is_empty()
+    }
+
+    /// Nothing was damaged: a verify that found a difference is a false alarm.
+    pub fn check_verifies(&self, coverage: &mut Coverage) {
+        for disk in &self.disks {
+            let verify = self.core.status(disk.key()).expect("attached").verify;
+            assert_eq!(verify.differing_bytes, 0, "a false alarm: {:?}", verify.differing);
+            if verify.checked_bytes > 0 {
+                coverage.saw(Seen::Verified);
+            }
+        }
     }
 
     /// When nothing is in flight, what is true and what is on the medium must be the same.

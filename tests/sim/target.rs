@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use farshore_changelog::RawBatch;
-use farshore_extent::{BlockSizes, CaptureOrder, Epoch, Lsn, Seq, VolumeId, WallTime};
+use farshore_changelog::{HashPurpose, RawBatch, RecordBody};
+use farshore_extent::{BlockSizes, CaptureOrder, Epoch, Extent, Lsn, Seq, VolumeId, WallTime};
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use farshore_target::store::{
-    AppendError, CommittedPoint, Faults, PointReader, SimDisk, SimFaults, Store, StoreConfig,
-    StoreEvent, StoreMeta,
+    AppendError, CommittedPoint, Compared, Faults, PointReader, SimDisk, SimFaults, Store,
+    StoreConfig, StoreEvent, StoreMeta,
 };
 use farshore_target::verdict::{Decision, FIRST_GENERATION, Position, decide};
 
@@ -17,6 +17,13 @@ use crate::link::{Link, ToTarget};
 use crate::oracle::{Content, content_of};
 use crate::rng::Rng;
 use crate::source::Source;
+
+/// A digest of the source.
+struct Asked {
+    extent: Extent,
+    digest: [u8; 32],
+    verify: bool,
+}
 
 /// What the daemon keeps of one volume besides its store.
 struct Replica {
@@ -27,6 +34,8 @@ struct Replica {
     acked: Lsn,
     /// A batch came again: acknowledge once more.
     ack_again: bool,
+    /// Digests that came over this connection and were not answered yet.
+    asked: BTreeMap<Lsn, Asked>,
     /// Points that were ever reported.
     points: BTreeMap<Lsn, CommittedPoint>,
     pinned: Option<(Lsn, PointReader)>,
@@ -40,6 +49,8 @@ pub struct Target {
     seeds: Rng,
     /// Volumes whose disk was lost: what they had acknowledged may be missing.
     lost: BTreeSet<VolumeId>,
+    /// Volumes whose disk was lost once: the source may have counted more as durable.
+    once_lost: BTreeSet<VolumeId>,
 }
 
 impl Target {
@@ -57,6 +68,7 @@ impl Target {
             faulty,
             seeds: Rng::new(rng.next()),
             lost: BTreeSet::new(),
+            once_lost: BTreeSet::new(),
         }
     }
 
@@ -77,8 +89,8 @@ impl Target {
             self.replicas.insert(open.volume, replica);
         }
         let Some(replica) = self.replicas.get_mut(&open.volume) else { return };
+        replica.disconnected();
         let Some(store) = &mut replica.store else { return };
-        store.forget_uncommitted();
         let own = store.position();
         let source =
             Position { generation: open.generation, lsn: open.acked, chain: open.acked_chain };
@@ -133,9 +145,15 @@ impl Target {
     }
 
     pub fn disconnected(&mut self) {
-        for replica in self.replicas.values_mut() {
-            if let Some(store) = &mut replica.store {
-                store.forget_uncommitted();
+        self.replicas.values_mut().for_each(Replica::disconnected);
+    }
+
+    /// Every volume compares some digests, and says what it has found.
+    pub fn compare(&mut self, rng: &mut Rng, link: &mut Link, coverage: &mut Coverage) {
+        for (volume, replica) in &mut self.replicas {
+            if let Some(answer) = replica.compare(512 * (1 + rng.below(32)), coverage) {
+                let Compared { upto, differing, .. } = answer;
+                link.answer(FromTarget::Compared { volume: *volume, upto, differing });
             }
         }
     }
@@ -151,6 +169,7 @@ impl Target {
     pub fn crash(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
         for replica in self.replicas.values_mut() {
             replica.pinned = None;
+            replica.disconnected();
             replica.store = None;
             replica.disk.crash();
             replica.start(rng, self.config, coverage);
@@ -164,6 +183,7 @@ impl Target {
             let id = ids[rng.index(ids.len())];
             self.replicas.remove(&id);
             self.lost.insert(id);
+            self.once_lost.insert(id);
         }
     }
 
@@ -263,6 +283,24 @@ impl Target {
         }
     }
 
+    /// The source never counts as durable here what is not.
+    pub fn check_released(&self, source: &Source) {
+        for (volume, replica) in &self.replicas {
+            let Some(store) = replica.store.as_ref() else { continue };
+            if self.once_lost.contains(volume) {
+                continue;
+            }
+            let (_, believed) = source.watermarks(*volume);
+            let durable = store.position().durable.max(replica.acked);
+            // A place of an earlier epoch is what a reader must have, in its spool perhaps.
+            let of_this_run = believed.epoch == source.epoch();
+            assert!(
+                !of_this_run || believed <= durable,
+                "released {believed}, but only {durable} is durable"
+            );
+        }
+    }
+
     /// Whether every volume is in order and durable up to the last number.
     pub fn has_everything(&self, source: &Source) -> bool {
         source.disks.iter().all(|disk| {
@@ -310,6 +348,7 @@ impl Replica {
             store: Some(store),
             acked: Lsn::ZERO,
             ack_again: false,
+            asked: BTreeMap::new(),
             points: BTreeMap::new(),
             pinned: None,
         }
@@ -319,7 +358,15 @@ impl Replica {
         let Some(store) = &mut self.store else { return };
         let batch = raw.check().expect("a batch that we made");
         match store.append(batch) {
-            Ok(()) => {}
+            Ok(()) => {
+                for record in batch.records() {
+                    if let RecordBody::Hash { extent, purpose, digest } = record.body {
+                        let lsn = Lsn::new(batch.header().epoch, record.seq);
+                        let verify = purpose == HashPurpose::Verify;
+                        self.asked.insert(lsn, Asked { extent, digest, verify });
+                    }
+                }
+            }
             Err(AppendError::Duplicate { .. }) => self.ack_again = true,
             Err(
                 e @ (AppendError::Gap { .. }
@@ -333,6 +380,46 @@ impl Replica {
             }
             Err(e) => panic!("the store refused a good batch: {e}"),
         }
+    }
+
+    /// Nothing that waits for the daemon is of use to the next connection.
+    fn disconnected(&mut self) {
+        self.asked.clear();
+        if let Some(store) = &mut self.store {
+            store.forget_uncommitted();
+            store.forget_questions();
+        }
+    }
+
+    /// One step of comparing, checked against another way to read the same places.
+    fn compare(&mut self, bytes: u64, coverage: &mut Coverage) -> Option<Compared> {
+        let store = self.store.as_mut().filter(|_| !self.disk.is_down())?;
+        let answer = store.compare(bytes)?;
+        let position = store.position();
+        assert!(answer.upto <= position.durable, "compared before it was durable");
+        assert_eq!(answer.defects, [], "a false alarm of a verify");
+        let later = self.asked.split_off(&answer.upto);
+        let mut answered = std::mem::replace(&mut self.asked, later);
+        answered.extend(self.asked.remove_entry(&answer.upto));
+        let mut differing = answer.differing.iter();
+        for (lsn, asked) in answered {
+            let Ok(view) = store.open_unordered_view(lsn) else {
+                // It has expired; whether it differs cannot be told any more.
+                differing = answer.differing[..0].iter();
+                break;
+            };
+            let mut bytes = vec![0; usize::try_from(asked.extent.len()).expect("tiny volumes")];
+            let read = view.read_at(&mut bytes, asked.extent.offset());
+            let equal = read.is_ok() && blake3::hash(&bytes) == asked.digest;
+            coverage.saw(if equal { Seen::FoundEqual } else { Seen::FoundDifferent });
+            assert!(equal || !asked.verify, "a verify of {} at {lsn} found a defect", asked.extent);
+            if !equal {
+                let said = differing.next();
+                assert_eq!(said, Some(&asked.extent), "{lsn} is called equal and differs");
+            }
+        }
+        assert_eq!(differing.next(), None, "an extent is called different and is equal");
+        Some(answer)
     }
 
     fn start(&mut self, rng: &mut Rng, config: StoreConfig, coverage: &mut Coverage) {

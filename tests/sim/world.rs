@@ -198,6 +198,8 @@ impl World {
                     self.source.marker(rng, &mut self.coverage);
                 } else if rng.chance(150) {
                     self.source.hold_or_release(rng, &mut self.coverage);
+                } else if rng.chance(30) {
+                    self.source.verify(rng, &mut self.coverage);
                 } else {
                     self.source.tick(&mut self.coverage);
                 }
@@ -218,6 +220,7 @@ impl World {
         self.notice_the_link();
         let (source, link) = (&mut self.source, &mut self.link);
         self.agent.act(source, link, &mut self.memory, &mut self.coverage);
+        self.target.check_released(&self.source);
         self.notice_the_link();
     }
 
@@ -243,6 +246,9 @@ impl World {
     }
 
     fn target_works(&mut self, rng: &mut Rng) {
+        if rng.chance(600) {
+            self.target.compare(rng, &mut self.link, &mut self.coverage);
+        }
         if !self.target.commit(&mut self.link, &mut self.coverage) {
             // A write or sync failed: the daemon ends and is started again.
             self.crash_target(rng);
@@ -261,6 +267,7 @@ impl World {
             let rest = round % 16 == 0 && self.source.is_idle() && self.source.all_released();
             if rest && self.target.has_everything(&self.source) {
                 self.target.check_end(&self.source);
+                self.source.check_verifies(&mut self.coverage);
                 self.coverage.saw(Seen::Drained);
                 return;
             }

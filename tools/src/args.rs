@@ -12,7 +12,8 @@ use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
 use crate::{
-    check, demo, doctor, explain, failover, hosts, journal, points, protect, roles, status, volume,
+    check, compare, demo, doctor, explain, failover, hosts, journal, points, protect, roles,
+    status, volume,
 };
 
 /// Continuous disaster recovery of block devices: every second of the past as a disk.
@@ -78,6 +79,10 @@ pub enum Command {
     Protect(protect::ProtectArgs),
     /// Stop protecting; the disk keeps its content, the replica its points
     Unprotect(protect::UnprotectArgs),
+    /// Compare a volume with its replica; report what differs, repair nothing
+    Verify(compare::VerifyArgs),
+    /// Compare a volume with its replica and send what differs
+    Resync(compare::ResyncArgs),
     /// Change a protected volume while it is in use
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
@@ -156,6 +161,8 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Status(args) => status::run(args, global, out),
         Command::Protect(args) => protect::protect(args, global, out),
         Command::Unprotect(args) => protect::unprotect(args, global, out),
+        Command::Verify(args) => compare::verify(args, global, out),
+        Command::Resync(args) => compare::resync(args, global, out),
         Command::Volume(command) => volume::run(command, global, out),
         Command::Point(command) => points::run(command, global, out),
         Command::Failover(command) => failover::run(command, global, out),
@@ -219,6 +226,9 @@ mod tests {
             "protect /dev/vdb --name pgdata --policy 30s --dry-run",
             "protect /dev/vdb --name pgdata --yes",
             "unprotect pgdata --yes",
+            "verify pgdata --rate 40MiB --wait",
+            "verify pgdata --stop",
+            "resync pgdata --yes --wait",
             "volume grow pgdata --dry-run",
             "status --watch",
             "status --json --root /tmp/x",

@@ -15,6 +15,7 @@ mod args;
 mod ask;
 mod check;
 mod choose;
+mod compare;
 mod demo;
 mod doctor;
 mod exit;

@@ -372,6 +372,7 @@ const fn kind(message: &FromTarget) -> &'static str {
         FromTarget::Refused { .. } => "Refused",
         FromTarget::Ack { .. } => "Ack",
         FromTarget::Reopen { .. } => "Reopen",
+        FromTarget::Compared { .. } => "Compared",
         FromTarget::Policy { .. } => "Policy",
         FromTarget::Tag { .. } => "Tag",
         FromTarget::Replica { .. } => "Replica",

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use farshore_extent::{Problem, VolumeId};
+use farshore_extent::{Lsn, Problem, VolumeId};
 
-use super::event::{Action, Event, Faults, LinkFailure};
+use super::event::{Action, Event, Faults, LinkFailure, VolumeFacts, VolumeMemory};
 use super::retry::{Jitter, RetryPreset};
 use super::volume::{Phase, VolumeSession};
 use crate::limits::{DEFAULT_WINDOW_BYTES, MAX_WINDOW_BATCHES, PROVEN_AFTER};
@@ -126,14 +126,7 @@ impl Session {
         match event {
             Event::Tick => {}
             Event::VolumeAdded { facts, memory, captured, released } => {
-                let id = facts.volume;
-                if let Some(known) = self.volumes.get_mut(&id) {
-                    known.refresh(facts);
-                    known.seen(captured, released);
-                } else {
-                    let volume = VolumeSession::new(facts, memory, captured, released);
-                    self.volumes.insert(id, volume);
-                }
+                self.volume_added(facts, memory, (captured, released));
             }
             Event::VolumeSeen { volume, captured, released } => {
                 if let Some(v) = self.volumes.get_mut(&volume) {
@@ -159,6 +152,11 @@ impl Session {
                 match v.ack(durable, chain, actions) {
                     Ok(progress) => self.failures = if progress { 0 } else { self.failures },
                     Err(reason) => self.reopen(now, volume, &reason),
+                }
+            }
+            Event::Compared { volume, upto, differing } => {
+                if let Some(v) = self.volumes.get(&volume) {
+                    v.compared(upto, differing, actions);
                 }
             }
             Event::Reopen { volume, reason } => {
@@ -191,6 +189,21 @@ impl Session {
             Event::Stop => self.stopping = true,
         }
         self.go_on(now, actions);
+    }
+
+    fn volume_added(
+        &mut self,
+        facts: VolumeFacts,
+        memory: VolumeMemory,
+        (captured, released): (Lsn, Lsn),
+    ) {
+        if let Some(known) = self.volumes.get_mut(&facts.volume) {
+            known.refresh(facts);
+            known.seen(captured, released);
+        } else {
+            let id = facts.volume;
+            self.volumes.insert(id, VolumeSession::new(facts, memory, captured, released));
+        }
     }
 
     const fn is_up(&self) -> bool {

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use farshore_blkfilter::control::CompareAnswer;
 use farshore_changelog::EncodedBatch;
 use farshore_extent::{
-    BlockSizes, Chain, Generation, Lsn, Problem, VolumeId, VolumeName, VolumeSize,
+    BlockSizes, Chain, Extent, Generation, Lsn, Problem, VolumeId, VolumeName, VolumeSize,
 };
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened};
 use serde::{Deserialize, Serialize};
@@ -121,6 +122,15 @@ pub enum Event {
         /// Chain there.
         chain: Chain,
     },
+    /// Digests up to here were compared; these extents differ.
+    Compared {
+        /// Which volume.
+        volume: VolumeId,
+        /// All of them up to here.
+        upto: Lsn,
+        /// Which of them differ.
+        differing: Vec<Extent>,
+    },
     /// A batch did not fit.
     Reopen {
         /// Which volume.
@@ -183,6 +193,9 @@ impl Event {
             }
             FromTarget::Ack { volume, durable, chain } => Ok(Self::Ack { volume, durable, chain }),
             FromTarget::Reopen { volume, reason } => Ok(Self::Reopen { volume, reason }),
+            FromTarget::Compared { volume, upto, differing } => {
+                Ok(Self::Compared { volume, upto, differing })
+            }
             other @ (FromTarget::Welcome { .. }
             | FromTarget::Certificate { .. }
             | FromTarget::Policy { .. }
@@ -252,6 +265,16 @@ pub enum Action {
         /// Last durable place.
         upto: Lsn,
     },
+    /// Tell `filterd` what the target said about its digests: again until it has heard it, and in
+    /// this order.
+    Compared {
+        /// Which volume.
+        volume: VolumeId,
+        /// All digests up to here.
+        upto: Lsn,
+        /// What was said.
+        answer: CompareAnswer,
+    },
     /// Make this durable before the next action is executed.
     Remember {
         /// Which volume.
@@ -263,6 +286,7 @@ pub enum Action {
 
 /// Mistakes built in on purpose, to prove that the simulator finds each. None in the product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[allow(clippy::struct_excessive_bools)] // independent switches, not a state
 pub struct Faults {
     /// Releases records in `filterd` when they are sent instead of when they are acknowledged.
     pub release_before_ack: bool,
@@ -273,4 +297,6 @@ pub struct Faults {
     /// A full batch is closed even between two records with one number
     /// (see [`crate::batch::FeedOptions`]).
     pub divide_number: bool,
+    /// `filterd` is not told that answers about its digests went with a connection.
+    pub lost_answers_not_said: bool,
 }

@@ -5,7 +5,8 @@ mod model;
 
 use std::time::Duration;
 
-use farshore_extent::{Chain, Generation, Lsn, Problem};
+use farshore_extent::{Chain, Extent, Generation, Lsn, Problem};
+use farshore_protocol::message::MAX_DIFFERING;
 use proptest::prelude::*;
 
 use super::*;
@@ -14,6 +15,9 @@ use model::{World, at, failure};
 #[derive(Debug, Clone)]
 enum Step {
     Write(u64),
+    Ask(bool),
+    Judge,
+    Hear,
     Intake,
     Deliver(usize),
     Sync(usize),
@@ -27,13 +31,16 @@ enum Step {
 fn steps(lose: bool) -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (1u64..6).prop_map(Step::Write),
+        2 => any::<bool>().prop_map(Step::Ask),
+        3 => Just(Step::Judge),
+        3 => Just(Step::Hear),
         8 => Just(Step::Intake),
         6 => (1usize..4).prop_map(Step::Deliver),
         6 => (1usize..4).prop_map(Step::Sync),
         1 => Just(Step::Disconnect),
         1 => Just(Step::TargetCrash),
         1 => Just(Step::RestartAgent),
-        u32::from(lose) => (1usize..4).prop_map(Step::LoseAcked),
+        1 => (1usize..4).prop_map(move |n| if lose { Step::LoseAcked(n) } else { Step::Hear }),
         3 => (1u64..400).prop_map(Step::Wait),
     ];
     prop::collection::vec(step, 1..120)
@@ -45,6 +52,9 @@ fn run(config: SessionConfig, steps: &[Step]) -> World {
     for step in steps {
         match step {
             Step::Write(parts) => world.filterd.write(*parts),
+            Step::Ask(differs) => world.filterd.ask(*differs),
+            Step::Judge => world.judge(),
+            Step::Hear => world.hear(),
             Step::Intake => world.intake(),
             Step::Deliver(count) => world.deliver(*count),
             Step::Sync(count) => world.sync(*count),
@@ -112,6 +122,9 @@ fn each_planted_fault_is_noticed() {
     assert!(is_found(Faults { divide_number: true, ..Faults::default() }, &busy));
     let restart = [busy.as_slice(), &[Step::RestartAgent, Wait(1)]].concat();
     assert!(is_found(Faults { chain_not_continued: true, ..Faults::default() }, &restart));
+    let asked = [Step::Ask(true), Intake, Deliver(1), Sync(1)];
+    let unheard = [asked.as_slice(), &[Step::Judge, Step::Disconnect, Wait(9000)]].concat();
+    assert!(is_found(Faults { lost_answers_not_said: true, ..Faults::default() }, &unheard));
     let faults = Faults { resend_without_reopen_position: true, ..Faults::default() };
     let mut world = World::new(SessionConfig { faults, ..small() });
     lost_acknowledgement(&mut world);
@@ -156,6 +169,32 @@ fn an_acknowledgement_of_something_never_sent_opens_the_volume_again() {
     assert_eq!(session.phase(), Phase::Streaming, "it was opened again at once");
     assert_eq!(session.memory().acked, Lsn::ZERO);
     world.settle();
+    world.check();
+}
+
+#[test]
+fn answers_about_digests_arrive_and_those_that_break_a_limit_are_asked_again() {
+    let mut world = World::new(small());
+    world.wait(Duration::ZERO);
+    world.filterd.ask(false);
+    world.filterd.ask(true);
+    world.settle();
+    assert_eq!((world.filterd.answered, world.filterd.next), (2, 2));
+    let volume = world.volume;
+    let beyond = vec![Extent::new(1 << 30, 4096).unwrap()];
+    let many = vec![Extent::new(0, 4096).unwrap(); MAX_DIFFERING + 1];
+    let odd = vec![Extent::new(1, 4096).unwrap()];
+    for (upto, differing) in [(at(3), beyond), (at(3), many), (at(3), odd), (at(900), vec![])] {
+        world.filterd.ask(true);
+        let asked = world.filterd.next;
+        world.intake();
+        world.deliver(1);
+        world.sync(1);
+        let upto = if upto == at(3) { at(asked) } else { upto };
+        world.step(Event::Compared { volume, upto, differing });
+        assert_eq!(world.filterd.next, asked + 1, "asked again");
+        world.settle();
+    }
     world.check();
 }
 

@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use farshore_blkfilter::control::CompareAnswer;
 use farshore_changelog::EncodedBatch;
-use farshore_extent::{Chain, Lsn, Problem, Seq, SourceWatermarks, WallTime};
-use farshore_protocol::message::{OpenVolume, Opened, Verdict};
+use farshore_extent::{Chain, Extent, Lsn, Problem, SECTOR, Seq, SourceWatermarks, WallTime};
+use farshore_protocol::message::{MAX_DIFFERING, OpenVolume, Opened, Verdict};
 
 use super::event::{Action, Faults, FeedFailure, Resume, VolumeFacts, VolumeMemory};
 use crate::limits::{MEMORY_INTERVAL, PULLS_AHEAD};
@@ -292,6 +293,10 @@ impl VolumeSession {
         self.phase = Phase::Streaming;
         self.problem = None;
         self.target_durable = opened.durable;
+        if opened.durable > Lsn::ZERO && !faults.lost_answers_not_said {
+            // What was said about them may have gone with the connection before.
+            self.say(opened.durable, CompareAnswer::Lost, actions);
+        }
         let reason = self.recopy_reason(opened);
         let generation_changed = self.memory.generation != opened.generation;
         self.memory.generation = opened.generation;
@@ -467,6 +472,27 @@ impl VolumeSession {
         self.release(actions);
         let _checked = self.watermarks();
         Ok(true)
+    }
+
+    /// Takes what the target said about digests. An answer that breaks a limit is worth nothing:
+    /// then they are asked again. One to an earlier open is too; that they are lost is said anyway.
+    pub(super) fn compared(&self, upto: Lsn, differing: Vec<Extent>, actions: &mut Vec<Action>) {
+        if self.phase != Phase::Streaming {
+            return;
+        }
+        let inside = |e: &Extent| e.is_aligned_to(SECTOR) && self.facts.size.extent().contains(*e);
+        let sound = upto <= self.sent_place
+            && differing.len() <= MAX_DIFFERING
+            && differing.iter().all(inside);
+        if sound {
+            self.say(upto, CompareAnswer::Differing(differing), actions);
+        } else {
+            self.say(upto.min(self.sent_place), CompareAnswer::Lost, actions);
+        }
+    }
+
+    fn say(&self, upto: Lsn, answer: CompareAnswer, actions: &mut Vec<Action>) {
+        actions.push(Action::Compared { volume: self.facts.volume, upto, answer });
     }
 
     fn pop(&mut self, count: usize) {

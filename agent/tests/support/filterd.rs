@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use farshore_blkfilter::control::{
     Attachment, BackendKind, CopyProgress, Descriptor, DescriptorBody, Fetched, MarkerPlaced,
-    MarkerRequest, PoolPlace, Reply, Request, VolumeInfo, VolumeStatus,
+    MarkerRequest, PoolPlace, Reply, Request, VerifyProgress, VolumeInfo, VolumeStatus,
 };
 use farshore_blkfilter::sys::fdpass::send_with_fd;
 use farshore_blkfilter::sys::pool::{PoolMemory, PoolSlice};
@@ -221,6 +221,8 @@ impl FakeFilterd {
                 s.append(volume, DescriptorBody::OrderLost);
                 Ok(Reply::Done)
             }),
+            // Nothing is asked here.
+            Request::Compared { .. } => Ok(Reply::Done),
             other => panic!("the agent has no business with {other:?}"),
         })
     }
@@ -245,6 +247,7 @@ impl State {
             order: v.order,
             reason: String::new(),
             copy: CopyProgress::default(),
+            verify: VerifyProgress::default(),
             captured: v.records.last().map_or(Lsn::ZERO, |r| Lsn::new(self.epoch, r.seq)),
             released: v.released,
             durable: v.released,

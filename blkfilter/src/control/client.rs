@@ -16,8 +16,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, 
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::message::{
-    Fetched, Grown, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply, Request,
-    VolumeInfo, VolumeStatus,
+    CompareAnswer, Fetched, Grown, MarkerPlaced, MarkerRequest, ProtectRequest, Readiness, Reply,
+    Request, VolumeInfo, VolumeStatus,
 };
 use crate::sys::fdpass::FdReader;
 use crate::sys::pool_reader::ReadOnlyPool;
@@ -218,6 +218,40 @@ impl Client {
     /// As for [`Self::list`].
     pub fn recopy(&mut self, volume: VolumeId, reason: &str) -> Result<(), Problem> {
         self.done(&Request::Recopy { volume, reason: reason.to_owned() }, CALL)
+    }
+
+    /// Everything is to be compared with the replica; what differs is sent.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn resync(&mut self, volume: VolumeId, reason: &str) -> Result<(), Problem> {
+        self.done(&Request::Resync { volume, reason: reason.to_owned() }, CALL)
+    }
+
+    /// Starts a verify from the beginning, or ends it; 0 bytes a second is no limit.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn verify(
+        &mut self,
+        volume: VolumeId,
+        start: bool,
+        bytes_per_second: u64,
+    ) -> Result<(), Problem> {
+        self.done(&Request::Verify { volume, start, bytes_per_second }, CALL)
+    }
+
+    /// What the target said about the digests of a volume.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn compared(
+        &mut self,
+        volume: VolumeId,
+        upto: Lsn,
+        answer: CompareAnswer,
+    ) -> Result<(), Problem> {
+        self.done(&Request::Compared { volume, upto, answer }, CALL)
     }
 
     /// Limits the copy loop; 0 bytes a second is no limit.

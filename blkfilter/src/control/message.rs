@@ -94,6 +94,31 @@ pub enum Request {
     },
     /// Every volume on record, attached or not: what is not among them is not protected any more.
     Recorded,
+    /// Compare everything with the replica and send what differs. Points stop until it is done.
+    Resync {
+        /// Which volume.
+        volume: VolumeId,
+        /// Shown in status and log.
+        reason: String,
+    },
+    /// Start a verify from the beginning, or end it. What differs is reported, not repaired.
+    Verify {
+        /// Which volume.
+        volume: VolumeId,
+        /// Start or end.
+        start: bool,
+        /// Limit in bytes a second; 0 is none.
+        bytes_per_second: u64,
+    },
+    /// Agent: what the target said about [`DescriptorBody::Hash`] records.
+    Compared {
+        /// Which volume.
+        volume: VolumeId,
+        /// All of them up to here are answered.
+        upto: Lsn,
+        /// How.
+        answer: CompareAnswer,
+    },
     /// Limit of the copy loop in bytes a second; 0 is none.
     CopyRate {
         /// Which volume.
@@ -316,6 +341,21 @@ pub struct CopyProgress {
     pub bytes_per_second: u64,
 }
 
+/// What a verify has found: the last one, or the one under way.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VerifyProgress {
+    /// Under way; it pauses while the volume catches up.
+    pub running: bool,
+    /// Bytes that the target has compared.
+    pub checked_bytes: u64,
+    /// Size of the volume.
+    pub total_bytes: u64,
+    /// Bytes of chunks that differ although they must not.
+    pub differing_bytes: u64,
+    /// The first of these.
+    pub differing: Vec<Extent>,
+}
+
 /// What a crash of `filterd` now would cost.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IntentInfo {
@@ -340,6 +380,8 @@ pub struct VolumeStatus {
     pub reason: String,
     /// Copy loop.
     pub copy: CopyProgress,
+    /// Verify.
+    pub verify: VerifyProgress,
     /// Last place with a record.
     pub captured: Lsn,
     /// Last place the pool no longer holds: in the agent's spool, or durable at the target.
@@ -427,6 +469,16 @@ pub struct Descriptor {
     pub body: DescriptorBody,
 }
 
+/// What the target said about the digests since its last answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CompareAnswer {
+    /// These extents of [`DescriptorBody::Hash`] records differ at their number; the others are
+    /// equal.
+    Differing(Vec<Extent>),
+    /// The answers were lost with a connection: what was asked has to be asked again.
+    Lost,
+}
+
 /// What happened; see `farshore_changelog::RecordBody` for the meaning of each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)] // field names are those of the records
@@ -435,6 +487,7 @@ pub enum DescriptorBody {
     Copy { extent: Extent, place: PoolPlace },
     Zero { extent: Extent, copied: bool },
     Unknown { extent: Extent },
+    Hash { extent: Extent, verify: bool, digest: [u8; 32] },
     Marker { marker: MarkerId, kind: PointKind, group: GroupId, name: String, pending: bool },
     MarkerCommit(MarkerId),
     MarkerAbort(MarkerId),
@@ -452,6 +505,7 @@ impl DescriptorBody {
             Self::Write { extent, .. } | Self::Copy { extent, .. } => extent.len(),
             Self::Zero { .. }
             | Self::Unknown { .. }
+            | Self::Hash { .. }
             | Self::Marker { .. }
             | Self::MarkerCommit(_)
             | Self::MarkerAbort(_)

@@ -14,7 +14,7 @@ pub mod server;
 pub use crate::sys::pool_reader::ReadOnlyPool;
 pub use client::{Client, FetchWish};
 pub use message::{
-    AttachChoice, AttachKind, Attachment, BackendKind, CopyProgress, Descriptor, DescriptorBody,
-    Fetched, Grown, Hint, IntentInfo, MarkerPlaced, MarkerRequest, PoolPlace, ProtectRequest,
-    Readiness, Reply, Request, VolumeInfo, VolumeStatus,
+    AttachChoice, AttachKind, Attachment, BackendKind, CompareAnswer, CopyProgress, Descriptor,
+    DescriptorBody, Fetched, Grown, Hint, IntentInfo, MarkerPlaced, MarkerRequest, PoolPlace,
+    ProtectRequest, Readiness, Reply, Request, VerifyProgress, VolumeInfo, VolumeStatus,
 };

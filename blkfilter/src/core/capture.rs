@@ -69,6 +69,12 @@ pub(super) enum What {
     CopyHole {
         extent: Extent,
     },
+    /// A read of one chunk for its digest.
+    Digest {
+        extent: Extent,
+        slot: super::event::PoolSlot,
+        verify: bool,
+    },
 }
 
 impl What {
@@ -83,6 +89,7 @@ impl What {
             Self::Flush { .. } | Self::OwnFlush { .. } => Backing::Flush,
             Self::Copy { extent, slot } => Backing::Read { extent: *extent, slot: *slot },
             Self::CopyHole { extent } => Backing::CheckHole { extent: *extent },
+            Self::Digest { extent, slot, .. } => Backing::Digest { extent: *extent, slot: *slot },
         }
     }
 
@@ -93,7 +100,8 @@ impl What {
             Self::Flush { .. }
             | Self::OwnFlush { .. }
             | Self::Copy { .. }
-            | Self::CopyHole { .. } => None,
+            | Self::CopyHole { .. }
+            | Self::Digest { .. } => None,
         }
     }
 
@@ -102,7 +110,7 @@ impl What {
             Self::Write { extent, .. } | Self::Zero { extent, .. } => {
                 Some((*extent, Sharing::Exclusive))
             }
-            Self::Copy { extent, .. } | Self::CopyHole { extent } => {
+            Self::Copy { extent, .. } | Self::CopyHole { extent } | Self::Digest { extent, .. } => {
                 Some((*extent, Sharing::Shared))
             }
             Self::Flush { .. } | Self::OwnFlush { .. } => None,
@@ -321,7 +329,11 @@ impl Volume {
     fn completed(&mut self, cx: &mut Context<'_>, what: &What, outcome: Outcome) -> End {
         let failure = match outcome {
             Outcome::Failed(error) => Some(error),
-            Outcome::Done | Outcome::Data { .. } | Outcome::Zeroes | Outcome::NotHole => None,
+            Outcome::Done
+            | Outcome::Data { .. }
+            | Outcome::Digest { .. }
+            | Outcome::Zeroes
+            | Outcome::NotHole => None,
         };
         match what {
             What::Write { extent, buffer, crc, pieces, early, .. } => {
@@ -355,6 +367,9 @@ impl Volume {
             }
             What::Copy { extent, slot } => End::Copy(self.copied(cx, *extent, *slot, outcome)),
             What::CopyHole { extent } => End::Copy(self.copied_hole(cx, *extent, outcome)),
+            What::Digest { extent, slot, verify } => {
+                End::Copy(self.digested(cx, (*extent, *verify), *slot, outcome))
+            }
         }
     }
 
@@ -366,7 +381,7 @@ impl Volume {
             What::Write { extent, .. } | What::Zero { extent, .. } => {
                 intent.end(*extent, at, &self.dirty);
             }
-            What::Copy { extent, .. } | What::CopyHole { extent } => {
+            What::Copy { extent, .. } | What::CopyHole { extent } | What::Digest { extent, .. } => {
                 intent.copied(*extent, at, &self.dirty);
             }
             What::Flush { began } => intent.flush_ended(*began, well, false),

@@ -9,6 +9,7 @@ use farshore_extent::{
 };
 
 use super::capture::{CaptureCore, held};
+use super::compare::Compare;
 use super::event::{Action, IntentCommit, Now, PoolSlot, VolumeKey};
 use super::intent::Intent;
 use super::log::Log;
@@ -87,7 +88,12 @@ pub enum Start {
         /// Last record of the earlier epoch.
         last: Lsn,
     },
-    /// Everything is sent again.
+    /// The target may have any of it: everything is compared, and what differs is sent.
+    Compare {
+        /// Shown in status.
+        reason: String,
+    },
+    /// The target has nothing: everything is sent.
     Copy {
         /// Shown in status.
         reason: String,
@@ -99,6 +105,8 @@ pub enum Start {
         ranges: Vec<Extent>,
         /// Of an earlier epoch.
         released: Lsn,
+        /// They are compared first: the reader may have any of them.
+        compare: bool,
         /// Shown in status.
         reason: String,
     },
@@ -448,7 +456,7 @@ impl CaptureCore {
     }
 
     /// The target cannot follow the log: everything retained is dropped, order is lost, every chunk
-    /// is sent again. The reader may go on from any place it had.
+    /// is compared and sent again if it differs. The reader may go on from any place it had.
     ///
     /// # Errors
     /// [`Refused::NoSuchVolume`].
@@ -462,14 +470,11 @@ impl CaptureCore {
         self.forget_pending(volume);
         self.with_volume(now, volume, out, |v, cx| {
             v.log.discard(&mut v.ring);
-            v.order = CaptureOrder::CatchUp;
-            v.reason = Cow::Owned(reason);
-            v.catch_up_total = 0;
-            let seq = v.append(cx, DescriptorBody::OrderLost, None);
+            v.forget_questions();
+            let seq = v.suspect_all(cx, Cow::Owned(reason));
             v.log.restart_at(seq);
             // What told the reader the size, an EpochStart or a Resize, may be among what was dropped.
             v.append(cx, DescriptorBody::Resize(v.size), None);
-            v.mark_dirty(v.size.extent());
             if let Some(intent) = &mut v.intent {
                 intent.all_dirty();
             }
@@ -505,11 +510,11 @@ fn new_volume(key: VolumeKey, attach: &Attach, pool_align: u64) -> Volume {
             let map = ChunkMap::clean(attach.size, attach.chunk);
             (CaptureOrder::Ordered, Cow::Borrowed(""), map, *last)
         }
-        Start::Copy { reason } => {
+        Start::Copy { reason } | Start::Compare { reason } => {
             let map = ChunkMap::all_dirty(attach.size, attach.chunk);
             (CaptureOrder::CatchUp, Cow::Owned(reason.clone()), map, Lsn::ZERO)
         }
-        Start::CopyPart { ranges, released, reason } => {
+        Start::CopyPart { ranges, released, reason, .. } => {
             let mut map = ChunkMap::clean(attach.size, attach.chunk);
             ranges.iter().for_each(|range| map.mark(*range));
             (CaptureOrder::CatchUp, Cow::Owned(reason.clone()), map, *released)
@@ -517,7 +522,7 @@ fn new_volume(key: VolumeKey, attach: &Attach, pool_align: u64) -> Volume {
     };
     let start = attach.intent.as_ref();
     let intent = start.map(|i| Intent::new(i.set.clone(), i.cap, &dirty));
-    Volume {
+    let mut volume = Volume {
         key,
         id: attach.volume,
         size: attach.size,
@@ -535,5 +540,10 @@ fn new_volume(key: VolumeKey, attach: &Attach, pool_align: u64) -> Volume {
         copy_waits: true,
         spares: 0,
         figures: Figures::default(),
+        compare: Compare::new(attach.size, attach.chunk),
+    };
+    if matches!(attach.start, Start::Compare { .. } | Start::CopyPart { compare: true, .. }) {
+        volume.suspect_dirty();
     }
+    volume
 }

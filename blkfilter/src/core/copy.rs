@@ -22,16 +22,21 @@ impl CaptureCore {
             return Err(CopyEnd::Clean);
         };
         volume.copy_waits = true;
-        let Some(chunk) = volume.dirty.next_dirty(volume.cursor) else {
-            return Err(CopyEnd::Clean);
-        };
         if !volume.may_copy(&self.limits) {
             return Err(CopyEnd::PoolBusy);
         }
+        let Some(chunk) = volume.next_to_send() else {
+            let extent = volume.next_verify().ok_or(CopyEnd::Clean)?;
+            return volume.read_for_digest(extent, true);
+        };
         if let Some(extent) = hole.and_then(|hole| volume.whole_chunks(chunk, hole)) {
             volume.cursor = extent.end();
             volume.copy_waits = false;
             return Ok(What::CopyHole { extent });
+        }
+        if volume.compare.is_suspect(chunk) {
+            volume.cursor = chunk.end();
+            return volume.read_for_digest(chunk, false);
         }
         let len = u32::try_from(chunk.len()).map_err(|_| CopyEnd::Failed)?;
         let slot = volume.ring.reserve(len).ok_or(CopyEnd::PoolBusy)?;
@@ -45,6 +50,26 @@ impl CaptureCore {
 }
 
 impl Volume {
+    /// The dirty chunk that is next; those that wait for an answer are passed over.
+    pub(super) fn next_to_send(&self) -> Option<Extent> {
+        let mut at = self.cursor;
+        for _ in 0..=self.compare.asked_chunks() {
+            let chunk = self.dirty.next_dirty(at)?;
+            if !self.compare.is_asked(chunk) {
+                return Some(chunk);
+            }
+            at = chunk.end();
+        }
+        None
+    }
+
+    fn read_for_digest(&mut self, extent: Extent, verify: bool) -> Result<What, CopyEnd> {
+        let len = u32::try_from(extent.len()).map_err(|_| CopyEnd::Failed)?;
+        let slot = self.ring.reserve(len).ok_or(CopyEnd::PoolBusy)?;
+        self.copy_waits = false;
+        Ok(What::Digest { extent, slot, verify })
+    }
+
     /// The whole chunks from `chunk` on that lie in `hole`, at most one record's worth.
     fn whole_chunks(&self, chunk: Extent, hole: Extent) -> Option<Extent> {
         if !hole.contains(chunk) {
@@ -77,7 +102,7 @@ impl Volume {
                 CopyEnd::Copied { bytes: extent.len() }
             }
             Outcome::Zeroes => self.copied_zeroes(cx, extent),
-            Outcome::Failed(_) | Outcome::Done | Outcome::NotHole => {
+            Outcome::Failed(_) | Outcome::Done | Outcome::Digest { .. } | Outcome::NotHole => {
                 self.figures.backing_errors += 1;
                 CopyEnd::Failed
             }
@@ -99,14 +124,14 @@ impl Volume {
                 self.cursor = extent.offset();
                 CopyEnd::NotHole
             }
-            Outcome::Failed(_) | Outcome::Done | Outcome::Data { .. } => {
+            Outcome::Failed(_) | Outcome::Done | Outcome::Digest { .. } | Outcome::Data { .. } => {
                 self.figures.backing_errors += 1;
                 CopyEnd::Failed
             }
         }
     }
 
-    fn copied_zeroes(&mut self, cx: &mut Context<'_>, extent: Extent) -> CopyEnd {
+    pub(super) fn copied_zeroes(&mut self, cx: &mut Context<'_>, extent: Extent) -> CopyEnd {
         self.append(cx, DescriptorBody::Zero { extent, copied: true }, None);
         self.sent(extent);
         CopyEnd::Copied { bytes: extent.len() }

@@ -214,6 +214,13 @@ pub enum Outcome {
         /// crc32c of the bytes read.
         crc: u32,
     },
+    /// Read for a digest.
+    Digest {
+        /// BLAKE3 of the bytes read.
+        digest: [u8; 32],
+        /// They are all zero.
+        zero: bool,
+    },
     /// Copy read: the bytes are all zero. Hole check: it is still a hole.
     Zeroes,
     /// Hole check: there is data now.
@@ -251,6 +258,13 @@ pub enum Backing {
         /// Where to.
         slot: PoolSlot,
     },
+    /// Copy loop: read into the pool; answer [`Outcome::Digest`] or [`Outcome::Failed`].
+    Digest {
+        /// Where.
+        extent: Extent,
+        /// Where to.
+        slot: PoolSlot,
+    },
     /// Copy loop: look whether the whole range is a hole; answer [`Outcome::Zeroes`],
     /// [`Outcome::NotHole`] or [`Outcome::Failed`].
     CheckHole {
@@ -267,9 +281,16 @@ pub enum CopyEnd {
         /// Bytes of the volume, read or found to be a hole.
         bytes: u64,
     },
-    /// No chunk is dirty: wait for [`Action::CopyWanted`].
+    /// The digest of this many bytes was recorded.
+    Compared {
+        /// Bytes of the volume.
+        bytes: u64,
+        /// For a verify: its own, lower rate holds.
+        verify: bool,
+    },
+    /// Nothing to copy or to ask about: wait for [`Action::CopyWanted`].
     Clean,
-    /// Half of the pool is in use, or the list of records is full: wait for
+    /// Half of the pool is in use, the list of records is full, or too much is asked: wait for
     /// [`Action::CopyWanted`].
     PoolBusy,
     /// The hole has been filled meanwhile: ask again without the hint.

@@ -46,6 +46,10 @@ pub struct Faults {
     pub copy_without_lock: bool,
     /// The copy loop clears a chunk's bit when it picks the chunk.
     pub clear_bit_before_read_recorded: bool,
+    /// A write that completes in a chunk whose digest is being compared does not count.
+    pub touched_chunk_is_answered: bool,
+    /// Answers that were lost count as "equal".
+    pub lost_answer_is_equal: bool,
     /// A record's room in the pool is free as soon as the record exists.
     pub reuse_pool_before_release: bool,
     /// What a disk holds in its new part is taken for zeroes.

@@ -73,7 +73,8 @@ impl Log {
             | DescriptorBody::Copy { extent, .. }
             | DescriptorBody::Zero { extent, .. }
             | DescriptorBody::Unknown { extent } => Some(*extent),
-            DescriptorBody::Marker { .. }
+            DescriptorBody::Hash { .. }
+            | DescriptorBody::Marker { .. }
             | DescriptorBody::MarkerCommit(_)
             | DescriptorBody::MarkerAbort(_)
             | DescriptorBody::OrderLost

@@ -23,6 +23,7 @@
 
 mod capture;
 mod command;
+mod compare;
 mod copy;
 mod event;
 mod gate;

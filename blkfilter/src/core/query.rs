@@ -8,7 +8,7 @@ use super::capture::CaptureCore;
 use super::command::Refused;
 use super::event::{IntentLoss, VolumeKey};
 use super::region_map::RegionMap;
-use crate::control::Descriptor;
+use crate::control::{Descriptor, VerifyProgress};
 
 /// What is waiting for a reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,6 +34,8 @@ pub struct CoreStatus {
     pub reason: String,
     /// Bytes in dirty chunks.
     pub dirty_bytes: u64,
+    /// What a verify has found.
+    pub verify: VerifyProgress,
     /// Most of them in this catch-up.
     pub catch_up_total: u64,
     /// Everything up to here has a number and is retained or released.
@@ -151,7 +153,7 @@ impl CaptureCore {
     #[must_use]
     pub fn peek_copy(&self, volume: VolumeKey) -> Option<Extent> {
         let volume = self.volume(volume)?;
-        volume.dirty.next_dirty(volume.cursor)
+        volume.next_to_send()
     }
 
     /// Whether a write's pieces need checksums of their own (see `Event::Write::pieces`).
@@ -199,6 +201,7 @@ impl CaptureCore {
             order: v.order,
             reason: v.reason.clone().into_owned(),
             dirty_bytes: v.dirty.dirty_bytes(),
+            verify: v.compare.verify_progress(v.size),
             catch_up_total: v.catch_up_total,
             captured: v.log.captured(),
             released: v.log.released(),

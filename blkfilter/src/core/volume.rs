@@ -6,6 +6,7 @@ use farshore_extent::{
     BlockSizes, CaptureOrder, ChunkMap, ChunkSize, Epoch, Extent, Lsn, Seq, VolumeId, VolumeSize,
 };
 
+use super::compare::Compare;
 use super::event::{Action, Buffer, Now, PoolSlot, VolumeKey};
 use super::intent::Intent;
 use super::limits::Limits;
@@ -59,6 +60,8 @@ pub(super) struct Volume {
     pub(super) log: Log,
     pub(super) ring: PoolRing,
     pub(super) dirty: ChunkMap,
+    /// Which dirty chunks are asked about before they are sent.
+    pub(super) compare: Compare,
     /// None: nothing is kept for a crash, every start copies everything.
     pub(super) intent: Option<Intent>,
     pub(super) locks: RangeLock,
@@ -98,7 +101,8 @@ impl Volume {
             DescriptorBody::Write { .. }
             | DescriptorBody::Copy { .. }
             | DescriptorBody::Zero { .. }
-            | DescriptorBody::Unknown { .. } => false,
+            | DescriptorBody::Unknown { .. }
+            | DescriptorBody::Hash { .. } => false,
             DescriptorBody::Marker { .. }
             | DescriptorBody::MarkerCommit(_)
             | DescriptorBody::MarkerAbort(_)
@@ -132,6 +136,7 @@ impl Volume {
             let body = DescriptorBody::Write { extent: write.extent, place };
             self.retain(cx, seq, slot, body);
         } else {
+            self.touch(cx, write.extent);
             self.record_clean_pieces(cx, write, slot);
         }
         self.ring.drop_user(slot.ticket);
@@ -183,6 +188,7 @@ impl Volume {
             let seq = early.unwrap_or_else(|| cx.counter.take());
             self.append_at(cx, seq, DescriptorBody::Zero { extent, copied: false }, None);
         } else {
+            self.touch(cx, extent);
             for extent in self.dirty.clean_parts(extent) {
                 self.append(cx, DescriptorBody::Zero { extent, copied: false }, None);
             }
@@ -207,12 +213,21 @@ impl Volume {
     /// The content of `extent` will not be in the log as it was written: order is lost.
     pub(super) fn lose(&mut self, cx: &mut Context<'_>, extent: Extent, reason: Cow<'static, str>) {
         if self.order == CaptureOrder::Ordered {
+            self.compare.postpone_verify();
             self.order = CaptureOrder::CatchUp;
             self.reason = reason;
             self.catch_up_total = 0;
             self.append(cx, DescriptorBody::OrderLost, None);
         }
+        self.touch(cx, extent);
         self.mark_dirty(extent);
+    }
+
+    /// What happened in `extent` is in no record where its chunks are dirty.
+    fn touch(&mut self, cx: &Context<'_>, extent: Extent) {
+        if !cx.limits.faults.touched_chunk_is_answered {
+            self.compare.touch(extent, self.chunk);
+        }
     }
 
     pub(super) fn mark_dirty(&mut self, extent: Extent) {
@@ -222,14 +237,16 @@ impl Volume {
 
     /// Wakes the copy loop when it waits and could work.
     pub(super) fn want_copy(&mut self, cx: &mut Context<'_>) {
-        if self.copy_waits && self.dirty.dirty_chunks() > 0 && self.may_copy(cx.limits) {
+        let some = self.dirty.dirty_chunks() > self.compare.asked_chunks() || self.wants_verify();
+        if self.copy_waits && some && self.may_copy(cx.limits) {
             self.copy_waits = false;
             cx.out.push(Action::CopyWanted { volume: self.key });
         }
     }
 
     pub(super) fn may_copy(&self, limits: &Limits) -> bool {
-        !self.ring.at_least_half_full() && self.log.len() * 2 < limits.max_records
+        let room = !self.ring.at_least_half_full() && self.log.len() * 2 < limits.max_records;
+        room && !self.compare.is_full()
     }
 
     /// Ends the catch-up when nothing is left to be sent.

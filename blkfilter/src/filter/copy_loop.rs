@@ -38,6 +38,8 @@ struct Shared {
     stop: AtomicBool,
     /// Bytes a second; zero is no limit.
     rate: AtomicU64,
+    /// The same for a verify.
+    verify_rate: AtomicU64,
     speed: Mutex<Speed>,
 }
 
@@ -86,6 +88,7 @@ impl CopyLoop {
             inbox: Arc::new(Inbox::new()?),
             stop: AtomicBool::new(false),
             rate: AtomicU64::new(rate),
+            verify_rate: AtomicU64::new(0),
             speed: Mutex::new(Speed { since: Instant::now(), bytes: 0, last: 0 }),
         });
         let ring = device.backing.ring(4, device.engine, vec![])?;
@@ -114,6 +117,12 @@ impl CopyLoop {
     /// Limits it to so many bytes a second; zero is no limit.
     pub fn set_rate(&self, bytes_per_second: u64) {
         self.shared.rate.store(bytes_per_second, Ordering::Relaxed);
+        self.shared.inbox.wake();
+    }
+
+    /// Limits reading for a verify to so many bytes a second; zero is no limit.
+    pub fn set_verify_rate(&self, bytes_per_second: u64) {
+        self.shared.verify_rate.store(bytes_per_second, Ordering::Relaxed);
         self.shared.inbox.wake();
     }
 
@@ -165,13 +174,17 @@ impl Worker {
             let before = Instant::now();
             match self.turn(hole) {
                 CopyEnd::Copied { bytes } => {
-                    let mut speed =
-                        self.shared.speed.lock().unwrap_or_else(PoisonError::into_inner);
-                    speed.add(bytes, before);
-                    drop(speed);
+                    self.count(bytes, before);
                     if hole.is_none() {
-                        self.pace(bytes, before);
+                        self.pace(bytes, before, |s| &s.rate);
                     }
+                }
+                CopyEnd::Compared { bytes, verify: false } => {
+                    self.count(bytes, before);
+                    self.pace(bytes, before, |s| &s.rate);
+                }
+                CopyEnd::Compared { bytes, verify: true } => {
+                    self.pace(bytes, before, |s| &s.verify_rate);
                 }
                 CopyEnd::NotHole => hints = false,
                 CopyEnd::Clean | CopyEnd::PoolBusy => self.rest(REST),
@@ -195,10 +208,14 @@ impl Worker {
         self.actions.clear(); // nothing but CopyWanted between two turns
     }
 
+    fn count(&self, bytes: u64, now: Instant) {
+        self.shared.speed.lock().unwrap_or_else(PoisonError::into_inner).add(bytes, now);
+    }
+
     /// Waits as long as the rate demands after so many bytes.
-    fn pace(&mut self, bytes: u64, since: Instant) {
+    fn pace(&mut self, bytes: u64, since: Instant, rate: fn(&Shared) -> &AtomicU64) {
         loop {
-            let rate = self.shared.rate.load(Ordering::Relaxed);
+            let rate = rate(&self.shared).load(Ordering::Relaxed);
             if rate == 0 || self.stopped() {
                 return;
             }
@@ -283,6 +300,7 @@ impl Worker {
     fn perform(&mut self, io: IoKey, what: Backing) {
         let outcome = match what {
             Backing::Read { extent, slot } => self.read(extent, slot),
+            Backing::Digest { extent, slot } => self.digest(extent, slot),
             Backing::CheckHole { extent } => match self.device.backing.next_data(extent.offset()) {
                 Ok(data) if data.is_none_or(|d| !d.overlaps(extent)) => Outcome::Zeroes,
                 Ok(_) => Outcome::NotHole,
@@ -297,9 +315,28 @@ impl Worker {
     }
 
     fn read(&mut self, extent: Extent, slot: PoolSlot) -> Outcome {
+        match self.bytes(extent, slot) {
+            Ok(buf) if is_zero(buf.bytes()) => Outcome::Zeroes,
+            Ok(buf) => Outcome::Data { crc: crc32c::crc32c(buf.bytes()) },
+            Err(error) => Outcome::Failed(error),
+        }
+    }
+
+    fn digest(&mut self, extent: Extent, slot: PoolSlot) -> Outcome {
+        match self.bytes(extent, slot) {
+            Ok(buf) => Outcome::Digest {
+                digest: *blake3::hash(buf.bytes()).as_bytes(),
+                zero: is_zero(buf.bytes()),
+            },
+            Err(error) => Outcome::Failed(error),
+        }
+    }
+
+    /// Reads into the pool.
+    fn bytes(&mut self, extent: Extent, slot: PoolSlot) -> Result<IoBuf, DeviceError> {
         let Some(slice) = self.device.pool.claim(slot.offset(), slot.len()) else {
             tracing::error!(offset = slot.offset(), "a place in the pool was given out twice");
-            return Outcome::Failed(DeviceError::NoMemory);
+            return Err(DeviceError::NoMemory);
         };
         self.ring.push(Op::Read { offset: extent.offset(), buf: IoBuf::Pool(slice) }, 0);
         let mut done = None;
@@ -313,13 +350,12 @@ impl Worker {
             }
         }
         match done.map(|done| (done.result, done.buf)) {
-            Some((Ok(()), Some(buf))) if is_zero(buf.bytes()) => Outcome::Zeroes,
-            Some((Ok(()), Some(buf))) => Outcome::Data { crc: crc32c::crc32c(buf.bytes()) },
+            Some((Ok(()), Some(buf))) => Ok(buf),
             Some((Err(errno), _)) => {
                 tracing::warn!(%extent, %errno, "the backing device could not read a chunk");
-                Outcome::Failed(device_error(errno))
+                Err(device_error(errno))
             }
-            Some((Ok(()), None)) | None => Outcome::Failed(DeviceError::Io),
+            Some((Ok(()), None)) | None => Err(DeviceError::Io),
         }
     }
 }

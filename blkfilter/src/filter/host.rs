@@ -12,6 +12,7 @@ use farshore_extent::{Epoch, Extent, Lsn, MarkerId, VolumeId, VolumeSize, WallTi
 
 use super::fetch::Watcher;
 use super::inbox::Inbox;
+use crate::control::CompareAnswer;
 use crate::core::{
     Action, Attach, CaptureCore, CoreStatus, Event, Limits, MarkerSpec, NewPart, Now, Placed,
     QueueId, Refused, RegionMap, VolumeKey,
@@ -298,6 +299,44 @@ impl Host {
         self.command(|core, now, out| {
             let key = core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
             core.recopy(now, key, reason, out)
+        })
+    }
+
+    /// Has everything compared with the replica, and what differs sent.
+    ///
+    /// # Errors
+    /// As [`CaptureCore::resync`].
+    pub fn resync(&self, volume: VolumeId, reason: String) -> Result<(), Refused> {
+        self.command(|core, now, out| {
+            let key = core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
+            core.resync(now, key, reason, out)
+        })
+    }
+
+    /// Starts a verify from the beginning, or ends it.
+    ///
+    /// # Errors
+    /// As [`CaptureCore::verify`].
+    pub fn verify(&self, volume: VolumeId, start: bool) -> Result<(), Refused> {
+        self.command(|core, now, out| {
+            let key = core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
+            core.verify(now, key, start, out)
+        })
+    }
+
+    /// What the target said about the digests up to `upto`.
+    ///
+    /// # Errors
+    /// As [`CaptureCore::compared`].
+    pub fn compared(
+        &self,
+        volume: VolumeId,
+        upto: Lsn,
+        answer: &CompareAnswer,
+    ) -> Result<(), Refused> {
+        self.command(|core, now, out| {
+            let key = core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
+            core.compared(now, key, upto, answer, out)
         })
     }
 

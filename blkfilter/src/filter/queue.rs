@@ -242,7 +242,10 @@ impl FilterQueue {
             }
             (Backing::Flush, _) => Op::Sync,
             (
-                Backing::Write { .. } | Backing::Read { .. } | Backing::CheckHole { .. },
+                Backing::Write { .. }
+                | Backing::Read { .. }
+                | Backing::Digest { .. }
+                | Backing::CheckHole { .. },
                 Kind::Read { .. } | Kind::Other(_) | Kind::Write(_),
             ) => {
                 debug_assert!(false, "not a request of this queue");

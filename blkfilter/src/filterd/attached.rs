@@ -301,6 +301,7 @@ impl Attached {
                 total_bytes: core.catch_up_total,
                 bytes_per_second: self.filtering.copy().map_or(0, CopyLoop::speed),
             },
+            verify: core.verify,
             captured: core.captured,
             released: core.released,
             durable: core.durable,
@@ -330,6 +331,14 @@ impl Attached {
             copy.set_rate(bytes_per_second);
         }
         Ok(())
+    }
+
+    /// Starts a verify at this rate, or ends it.
+    pub(super) fn verify(&self, start: bool, bytes_per_second: u64) -> Result<(), Problem> {
+        if let Some(copy) = self.filtering.copy() {
+            copy.set_verify_rate(bytes_per_second);
+        }
+        self.ground.host.verify(self.id(), start).map_err(|e| problem::refused(&e))
     }
 
     /// Why its front end has ended by itself.

@@ -440,6 +440,19 @@ impl Serve for Service {
                 host.recopy(volume, reason).map_err(refused)?;
                 Reply::Done
             }
+            Request::Resync { volume, reason } => {
+                tracing::info!(%volume, reason, "everything is compared with the replica");
+                host.resync(volume, reason).map_err(refused)?;
+                Reply::Done
+            }
+            Request::Verify { volume, start, bytes_per_second } => {
+                self.find(volume)?.verify(start, bytes_per_second)?;
+                Reply::Done
+            }
+            Request::Compared { volume, upto, answer } => {
+                host.compared(volume, upto, &answer).map_err(refused)?;
+                Reply::Done
+            }
             Request::CopyRate { volume, bytes_per_second } => {
                 self.find(volume)?.set_copy_rate(bytes_per_second)?;
                 Reply::Done

@@ -22,7 +22,10 @@ pub struct Plan {
 #[must_use]
 pub fn plan(found: &Found, now: &Geometry, identity: Option<&Identity>) -> Plan {
     match found {
-        Found::Nothing => everything(now, "first copy"),
+        Found::Nothing => {
+            let start = Start::Copy { reason: "first copy".to_owned() };
+            Plan { start, ..everything(now, "") }
+        }
         Found::Damaged(why) => {
             everything(now, &format!("the state of the volume is damaged: {why}"))
         }
@@ -31,7 +34,7 @@ pub fn plan(found: &Found, now: &Geometry, identity: Option<&Identity>) -> Plan 
 }
 
 fn everything(now: &Geometry, reason: &str) -> Plan {
-    let start = Start::Copy { reason: reason.to_owned() };
+    let start = Start::Compare { reason: reason.to_owned() };
     Plan { start, set: RegionMap::full(now.size, now.region), released: Lsn::ZERO }
 }
 
@@ -60,9 +63,9 @@ fn after(stored: &Stored, now: &Geometry, identity: Option<&Identity>) -> Plan {
             let (some, all) = (set.count(), set.regions());
             let torn = if *damaged > 0 { " (a part of the intent map is damaged)" } else { "" };
             let reason = format!(
-                "filterd had not stopped in order: sending {some} of {all} regions again{torn}"
+                "filterd had not stopped in order: comparing {some} of {all} regions{torn}"
             );
-            part(&ranges, *released, now, reason)
+            part(&ranges, *released, true, now, reason)
         }
     }
 }
@@ -74,15 +77,19 @@ fn stopped(ranges: &[Extent], released: Lsn, now: &Geometry) -> Plan {
     }
     let bytes: u64 = ranges.iter().map(|range| range.len()).sum();
     let reason = format!("filterd stopped before the target had everything: {bytes} bytes left");
-    part(ranges, released, now, reason)
+    part(ranges, released, false, now, reason)
 }
 
-fn part(ranges: &[Extent], released: Lsn, now: &Geometry, reason: String) -> Plan {
+fn part(ranges: &[Extent], released: Lsn, compare: bool, now: &Geometry, reason: String) -> Plan {
     let mut set = RegionMap::new(now.size, now.region);
     for range in ranges {
         for region in set.touched(*range) {
             set.set(region);
         }
     }
-    Plan { start: Start::CopyPart { ranges: ranges.to_vec(), released, reason }, set, released }
+    Plan {
+        start: Start::CopyPart { ranges: ranges.to_vec(), released, compare, reason },
+        set,
+        released,
+    }
 }

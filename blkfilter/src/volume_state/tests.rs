@@ -71,7 +71,7 @@ fn regions_of(start: &Start) -> Option<Vec<u64>> {
         Start::CopyPart { ranges, .. } => {
             Some(ranges.iter().map(|r| r.offset() / REGION).collect())
         }
-        Start::Copy { .. } | Start::Continues { .. } => None,
+        Start::Copy { .. } | Start::Compare { .. } | Start::Continues { .. } => None,
     }
 }
 
@@ -84,17 +84,17 @@ fn after_a_crash_the_regions_that_are_set_are_sent_to_who_has_the_rest() {
     let blocks = vec![IntentBlock { index: 0, words: map(&geometry, &[0, 63, 639]).block(0) }];
     let commit = IntentCommit { blocks, released: lsn(8), size: geometry.size };
     assert_eq!(file.commit(&commit), IntentEnd::Durable);
-    let Start::CopyPart { ranges, released, reason } =
+    let Start::CopyPart { ranges, released, compare: true, reason } =
         start(&found(dir.path()), 640, &identity(99))
     else {
         panic!("only a part is sent")
     };
     assert_eq!(ranges.iter().map(|r| r.offset() / REGION).collect::<Vec<_>>(), [0, 63, 639]);
     assert_eq!(released, lsn(8));
-    assert_eq!(reason, "filterd had not stopped in order: sending 3 of 640 regions again");
+    assert_eq!(reason, "filterd had not stopped in order: comparing 3 of 640 regions");
     let other = Identity::File(FileIdentity { dev: 1, ino: 77, size: 3, mtime_ns: 4, ctime_ns: 5 });
     for (regions, now) in [(640, &other), (639, &identity(4))] {
-        assert!(matches!(start(&found(dir.path()), regions, now), Start::Copy { .. }));
+        assert!(matches!(start(&found(dir.path()), regions, now), Start::Compare { .. }));
     }
 }
 
@@ -106,8 +106,8 @@ fn a_stop_in_order_goes_on_or_sends_what_was_left_only_when_nobody_wrote_since()
     let mut file = begun(dir.path(), geometry, &none);
     file.stop(identity(6), lsn(9), &[], &none).unwrap();
     assert_eq!(start(&found(dir.path()), 40, &identity(6)), Start::Continues { last: lsn(9) });
-    assert!(matches!(start(&found(dir.path()), 40, &identity(7)), Start::Copy { .. }));
-    assert!(matches!(plan(&found(dir.path()), &geometry, None).start, Start::Copy { .. }));
+    assert!(matches!(start(&found(dir.path()), 40, &identity(7)), Start::Compare { .. }));
+    assert!(matches!(plan(&found(dir.path()), &geometry, None).start, Start::Compare { .. }));
 
     let mut file = begun(dir.path(), geometry, &none);
     let left = [Extent::new(4096, 512).unwrap(), Extent::new(5 * REGION, REGION).unwrap()];
@@ -188,7 +188,7 @@ fn what_cannot_be_recorded_is_recorded_as_everything_and_recovers() {
     for how in [1, 2] {
         file.medium_mut().1 = how;
         assert_eq!(file.commit(&commit), IntentEnd::Lost(IntentLoss::AllMayDiffer));
-        assert!(matches!(start(&found(dir.path()), 40, &identity(1)), Start::Copy { .. }));
+        assert!(matches!(start(&found(dir.path()), 40, &identity(1)), Start::Compare { .. }));
         file.medium_mut().1 = 0;
         assert!(file.works_again());
         assert_eq!(file.commit(&commit), IntentEnd::Durable);
@@ -207,7 +207,7 @@ fn a_volume_that_has_grown_is_believed_only_when_its_new_part_is_marked_durably(
     let mut file = begun(dir.path(), small, &map(&small, &[]));
     let started = |regions| start(&found(dir.path()), regions, &identity(4));
     assert!(
-        matches!(started(BLOCK_REGIONS + 5), Start::Copy { .. }),
+        matches!(started(BLOCK_REGIONS + 5), Start::Compare { .. }),
         "the disk tells no such size"
     );
     let added: Vec<u64> = (39..BLOCK_REGIONS + 5).collect();
@@ -216,7 +216,7 @@ fn a_volume_that_has_grown_is_believed_only_when_its_new_part_is_marked_durably(
     let commit = IntentCommit { blocks, released: lsn(8), size: large.size };
     assert_eq!(file.commit(&commit), IntentEnd::Durable);
     assert_eq!(regions_of(&started(BLOCK_REGIONS + 5)), Some(added));
-    assert!(matches!(started(40), Start::Copy { .. }));
+    assert!(matches!(started(40), Start::Compare { .. }));
 }
 
 proptest! {
@@ -239,7 +239,7 @@ proptest! {
         if cut { bytes.truncate(at) } else { bytes[at] ^= flip }
         fs::write(&path, &bytes).unwrap();
         match start(&found(dir.path()), 2 * BLOCK_REGIONS, &identity(4)) {
-            Start::Copy { .. } => {}
+            Start::Copy { .. } | Start::Compare { .. } => {}
             Start::Continues { .. } => prop_assert!(false, "taken for clean"),
             part @ Start::CopyPart { .. } => {
                 let sent = regions_of(&part).unwrap();

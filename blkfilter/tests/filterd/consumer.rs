@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use farshore_blkfilter::control::{Client, Descriptor, DescriptorBody, FetchWish, PoolPlace};
+use farshore_blkfilter::control::{
+    Client, CompareAnswer, Descriptor, DescriptorBody, FetchWish, PoolPlace,
+};
 use farshore_blkfilter::sys::pool_reader::ReadOnlyPool;
 use farshore_extent::{Extent, Lsn, MarkerId, VolumeId};
 
@@ -22,6 +24,8 @@ pub struct Consumer {
     /// The image at each marker.
     pub points: Vec<(MarkerId, Vec<u8>)>,
     pub copied_bytes: u64,
+    /// Extents whose digests differed, not said yet.
+    differing: Vec<Extent>,
 }
 
 impl Consumer {
@@ -40,6 +44,7 @@ impl Consumer {
             restored: 0,
             points: vec![],
             copied_bytes: 0,
+            differing: vec![],
         }
     }
 
@@ -65,6 +70,8 @@ impl Consumer {
         }
         if release && !fetched.records.is_empty() {
             self.client.release(self.volume, self.after).unwrap();
+            let answer = CompareAnswer::Differing(std::mem::take(&mut self.differing));
+            self.client.compared(self.volume, self.after, answer).unwrap();
         }
         fetched.records.len()
     }
@@ -97,6 +104,11 @@ impl Consumer {
             DescriptorBody::Marker { marker, .. } => {
                 assert!(self.ordered, "a marker outside of an ordered stretch");
                 self.points.push((*marker, self.image.clone()));
+            }
+            DescriptorBody::Hash { extent, digest, .. } => {
+                if blake3::hash(self.range(*extent)) != *digest {
+                    self.differing.push(*extent);
+                }
             }
             DescriptorBody::Unknown { .. }
             | DescriptorBody::MarkerCommit(_)

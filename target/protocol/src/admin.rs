@@ -237,6 +237,10 @@ pub struct ReplicaStatus {
     pub views: u32,
     /// Bytes of journal on disk.
     pub journal_bytes: u64,
+    /// Digests of the source that were compared since it opened the volume.
+    pub digests: u64,
+    /// How many of them differed.
+    pub differing: u64,
     /// When a test failover of it was last opened, used and cleaned up.
     pub last_drill: Option<WallTime>,
     /// What is wrong, each with its code; empty when all is well.

@@ -5,7 +5,7 @@
 //! answers each opened volume with where to go on, and acknowledges what is durable.
 
 use farshore_extent::{
-    BlockSizes, Chain, Generation, HostId, Lsn, PointKind, Problem, VolumeId, VolumeName,
+    BlockSizes, Chain, Extent, Generation, HostId, Lsn, PointKind, Problem, VolumeId, VolumeName,
     VolumeSize, WallTime,
 };
 use serde::{Deserialize, Serialize};
@@ -108,6 +108,9 @@ pub struct VolumeReport {
     pub now: WallTime,
 }
 
+/// Most extents in one [`FromTarget::Compared`].
+pub const MAX_DIFFERING: usize = 4096;
+
 /// Target to agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromTarget {
@@ -183,6 +186,17 @@ pub enum FromTarget {
     },
     /// Answer to `Ping`.
     Pong(u64),
+    /// Every `Hash` record up to here that came over this connection was compared with the
+    /// replica's content at its number. Sent in order, and only after the records are durable.
+    Compared {
+        /// Which volume.
+        volume: VolumeId,
+        /// Last place that was looked at.
+        upto: Lsn,
+        /// Extents of the records since the last such message that differ; at most
+        /// [`MAX_DIFFERING`].
+        differing: Vec<Extent>,
+    },
 }
 
 /// Where a source goes on.

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 
 use farshore_changelog::codec;
 use farshore_extent::{
-    BlockSizes, CaptureOrder, Chain, Epoch, Generation, HostId, Lsn, PairState, PointId, PointKind,
-    Problem, Seq, ViewId, VolumeId, VolumeName, VolumeSize, WallTime,
+    BlockSizes, CaptureOrder, Chain, Epoch, Extent, Generation, HostId, Lsn, PairState, PointId,
+    PointKind, Problem, Seq, ViewId, VolumeId, VolumeName, VolumeSize, WallTime,
 };
 use farshore_protocol::admin::{
     AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, HostInfo, OpenView, PointChoice,
@@ -137,6 +137,11 @@ fn from_target() -> Vec<FromTarget> {
         FromTarget::Refused { volume: None, problem: problem(), retry: false },
         FromTarget::Ack { volume: volume(), durable: lsn(), chain: chain() },
         FromTarget::Reopen { volume: volume(), reason: "gap".into() },
+        FromTarget::Compared {
+            volume: volume(),
+            upto: lsn(),
+            differing: vec![Extent::new(4096, 8192).unwrap()],
+        },
         FromTarget::Policy { volume: volume(), point_interval_ms: 1_000 },
         FromTarget::Tag {
             request: 7,
@@ -166,6 +171,7 @@ const fn from_target_name(message: &FromTarget) -> &'static str {
         FromTarget::Refused { volume: None, .. } => "refused-connection",
         FromTarget::Ack { .. } => "ack",
         FromTarget::Reopen { .. } => "reopen",
+        FromTarget::Compared { .. } => "compared",
         FromTarget::Policy { .. } => "policy",
         FromTarget::Tag { .. } => "tag",
         FromTarget::Replica { .. } => "replica",
@@ -283,6 +289,8 @@ fn replica_status() -> ReplicaStatus {
         last_drill: Some(time()),
         views: 1,
         journal_bytes: 64 << 20,
+        digests: 5,
+        differing: 6,
         problems: vec![problem()],
     }
 }

@@ -13,7 +13,7 @@ use super::disk::ALIGN;
 use super::error::{AppendError, StoreError};
 use super::limits::{GROUP_TARGET_BYTES, MAX_GROUP_BYTES, RECENT_CHAINS};
 use super::order::OrderBook;
-use super::{Pending, Store, StoreEvent};
+use super::{Pending, Store, StoreEvent, compare};
 
 /// What a commit made durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,8 +43,12 @@ impl Store {
         if !self.pending.is_empty() && self.group.len() + padded > MAX_GROUP_BYTES {
             return Err(AppendError::GroupFull);
         }
+        let asks = batch.records().any(|record| compare::asks(&record.body));
         let at = self.group.push_padded(batch.bytes());
-        self.pending.push(Pending { header, at });
+        self.pending.push(Pending { header, at, asks });
+        if self.config.faults.judge_before_durable {
+            self.ask(compare::questions(&[batch]), header.last());
+        }
         self.received = header.last();
         self.received_chain = header.chain;
         self.received_size = size;
@@ -160,6 +164,7 @@ impl Store {
             let what = format!("writing the journal at {place}: {e}");
             return Err(self.poison(StoreError::Io { what, source: e }));
         }
+        let mut asking = Vec::new();
         for batch in self.pending.drain(..count) {
             let whole = RawBatch::parse(&bytes[batch.at..]).and_then(RawBatch::check_without_chain);
             // Checked by append, and nobody else has the buffer.
@@ -169,6 +174,13 @@ impl Store {
                 if open.builder.events().len() > events {
                     take_events(&mut self.book, &checked, self.durable, &mut self.undelivered);
                 }
+                if self.comparer.has_wrong() {
+                    self.comparer.repaired_by(&checked);
+                }
+                // What follows the first one may overtake it.
+                if batch.asks || !asking.is_empty() {
+                    asking.push(checked);
+                }
             }
             self.durable = batch.header.last();
             self.chain = batch.header.chain;
@@ -177,7 +189,11 @@ impl Store {
         while self.recent.len() > RECENT_CHAINS {
             self.recent.pop_first();
         }
+        let questions = compare::questions(&asking);
         self.group.drop_front(end);
+        if !self.config.faults.judge_before_durable {
+            self.ask(questions, self.durable);
+        }
         self.pending.iter_mut().for_each(|waiting| waiting.at -= end);
         Ok(())
     }

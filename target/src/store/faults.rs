@@ -24,4 +24,8 @@ pub struct Faults {
     pub no_duplicate_filter: bool,
     /// Batches of an older generation are taken.
     pub no_generation_fence: bool,
+    /// Digests are compared with the newest content instead of that at their number.
+    pub judge_newest_content: bool,
+    /// Digests are compared when they arrive, before they are durable.
+    pub judge_before_durable: bool,
 }

@@ -36,3 +36,19 @@ pub const MAX_UNKNOWN: usize = 200;
 
 /// Chains of recent batches, to recognise a duplicate of another history.
 pub const RECENT_CHAINS: usize = 256;
+
+/// Extents in one answer about digests: 4,096 x 16 B = 64 KiB.
+pub const MAX_DIFFERING: usize = 4096;
+
+/// Commits whose digests wait to be compared: each holds the index of the open segment, about
+/// 1 MiB, and its digests, 80 B each, at most [`MAX_GROUP_BYTES`] / 80 B.
+pub const MAX_ROUNDS: usize = 16;
+
+/// Content read at once to be compared, in bytes.
+pub const COMPARE_PIECE: u64 = 256 << 10;
+
+/// Content compared in one step, in bytes: a few milliseconds.
+pub const COMPARE_STEP_BYTES: u64 = 1 << 20;
+
+/// Ranges that verification found to be wrong are joined when there are more.
+pub const MAX_WRONG: usize = 1024;

@@ -14,6 +14,7 @@
 
 mod append;
 mod cache;
+mod compare;
 mod disk;
 mod durable_fs;
 mod error;
@@ -42,6 +43,7 @@ use farshore_extent::{
 };
 
 pub use append::Committed;
+pub use compare::{Compared, Defect};
 pub use disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind, Stretch};
 pub use durable_fs::FileDisk;
 pub use error::{AppendError, ReadError, StoreError, ViewError};
@@ -54,6 +56,7 @@ pub use sim_disk::{SimDisk, SimFaults};
 pub use superblock::{Super, SuperError};
 pub use view::{Content, OpenViews, PointReader};
 
+use compare::Comparer;
 use order::OrderBook;
 use segment::Segment;
 use view::Pins;
@@ -138,6 +141,8 @@ struct Pending {
     header: BatchHeader,
     /// Where it begins in the group's buffer.
     at: usize,
+    /// It has digests to compare.
+    asks: bool,
 }
 
 /// The replica store of one volume.
@@ -167,6 +172,7 @@ pub struct Store {
     book: OrderBook,
     undelivered: Vec<StoreEvent>,
     pins: Pins,
+    comparer: Comparer,
     expiry: Option<expire::Expiry>,
     /// A merge was interrupted: holes of the base may be there in the page cache only.
     distrust_holes: bool,

@@ -489,6 +489,7 @@ impl Walk {
             recent: self.recent,
             book,
             undelivered: Vec::new(),
+            comparer: super::compare::Comparer::default(),
             pins: Arc::new(Mutex::new(BTreeMap::new())),
             expiry: None,
             distrust_holes: self.report.apply_pending,

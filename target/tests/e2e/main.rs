@@ -8,6 +8,7 @@ mod bed;
 mod connection;
 mod source;
 
+mod compare;
 mod damage;
 mod enrolment;
 mod hostile;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use farshore_changelog::{
-    BatchBuilder, BatchContext, EncodedBatch, EpochStart, Marker, MarkerState, Record, RecordBody,
+    BatchBuilder, BatchContext, EncodedBatch, EpochStart, HashPurpose, Marker, MarkerState, Record,
+    RecordBody,
 };
 use farshore_extent::{
     BlockSizes, Chain, Epoch, Extent, Generation, GroupId, Lsn, MarkerId, PointKind, Seq, VolumeId,
@@ -96,6 +97,19 @@ impl Source {
             name: name.into(),
         };
         self.push(RecordBody::Marker(marker), Vec::new())
+    }
+
+    /// A digest of the content as it is now.
+    pub fn hash(&mut self, offset: usize, len: usize, purpose: HashPurpose) -> Lsn {
+        let digest = *blake3::hash(&self.content[offset..offset + len]).as_bytes();
+        let extent = Extent::new(offset as u64, len as u64).unwrap();
+        self.push(RecordBody::Hash { extent, purpose, digest }, Vec::new())
+    }
+
+    /// A digest of other content.
+    pub fn wrong_hash(&mut self, offset: usize, len: usize, purpose: HashPurpose) -> Lsn {
+        let extent = Extent::new(offset as u64, len as u64).unwrap();
+        self.push(RecordBody::Hash { extent, purpose, digest: [7; 32] }, Vec::new())
     }
 
     /// Everything since the last batch as one batch.

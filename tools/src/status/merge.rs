@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use farshore_blkfilter::control::{IntentInfo, VolumeStatus};
+use farshore_blkfilter::control::{IntentInfo, VerifyProgress, VolumeStatus};
 use farshore_extent::{CaptureOrder, PairState, Problem, VolumeId, VolumeName, WallTime};
 use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus, SpoolInfo};
 use serde::Serialize;
 
 use super::collect::Sides;
+use crate::compare;
 
 /// Everything `status` shows; also its JSON document.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -70,6 +71,8 @@ pub struct Row {
     pub writes: Option<u64>,
     /// Source: where its changes go, and what waits in the spool.
     pub spool: Option<SpoolInfo>,
+    /// Source: the last verify, or the one under way.
+    pub verify: Option<VerifyProgress>,
     /// Source: regions that a crash of filterd now would have sent again.
     pub intent: Option<IntentInfo>,
 }
@@ -100,6 +103,9 @@ pub fn merge(sides: &Sides, now: WallTime) -> StatusReport {
     }
     for volume in sides.filterd.iter().flatten() {
         let (name, id) = (&volume.info.name, volume.info.volume);
+        if volume.verify.differing_bytes > 0 {
+            add(Some(name), &compare::differs(name, &volume.verify));
+        }
         let agent = sides.agent.as_ref();
         let known = agent.and_then(|a| a.volumes.iter().find(|v| v.volume == id));
         let source = of_source(volume, agent, known, now);
@@ -159,6 +165,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         backing: None,
         writes: None,
         spool: None,
+        verify: None,
         intent: None,
     }
 }
@@ -214,6 +221,7 @@ fn of_source(
         backing: Some(v.info.backing.clone()),
         writes: Some(v.writes),
         spool: known.map(|k| k.spool.clone()),
+        verify: Some(v.verify.clone()),
         intent: v.intent.clone(),
     }
 }
@@ -228,6 +236,7 @@ fn both(target: Row, source: Row) -> Row {
         backing: source.backing,
         writes: source.writes,
         spool: source.spool,
+        verify: source.verify,
         intent: source.intent,
         ..target
     }

@@ -51,6 +51,7 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
     let mut text = lines.join("\n");
     text.push('\n');
     text.push_str(&copies(&report.volumes));
+    text.push_str(&verifies(&report.volumes));
     text.push_str(&spools(report));
     text.push_str(&problems(&report.problems));
     text
@@ -69,6 +70,17 @@ fn copies(rows: &[Row]) -> String {
             },
         );
         Some(format!("copying {}: {percent}% done, {left} left, {end}\n", row.volume))
+    };
+    let lines: String = rows.iter().filter_map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// What is being compared.
+fn verifies(rows: &[Row]) -> String {
+    let line = |row: &Row| {
+        let verify = row.verify.as_ref().filter(|verify| verify.running)?;
+        let (done, all) = (units::bytes(verify.checked_bytes), units::bytes(verify.total_bytes));
+        Some(format!("verifying {}: {done} of {all} compared\n", row.volume))
     };
     let lines: String = rows.iter().filter_map(line).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
@@ -157,7 +169,7 @@ fn problems(problems: &[Trouble]) -> String {
 pub mod tests_data {
     //! Three volumes: well, slow, and being copied.
     use farshore_blkfilter::control::{
-        Attachment, BackendKind, CopyProgress, IntentInfo, VolumeInfo, VolumeStatus,
+        Attachment, BackendKind, CopyProgress, IntentInfo, VerifyProgress, VolumeInfo, VolumeStatus,
     };
     use farshore_extent::{
         BlockSizes, CaptureOrder, Epoch, Lsn, PairState, Problem, Seq, VolumeId, VolumeName,
@@ -197,6 +209,8 @@ pub mod tests_data {
             oldest_point: Some(back(86_280)),
             views: 1,
             journal_bytes: 7 << 30,
+            digests: 0,
+            differing: 0,
             last_drill: Some(back(180_000)),
             problems: Vec::new(),
         }
@@ -259,6 +273,7 @@ pub mod tests_data {
             order: CaptureOrder::Ordered,
             reason: String::new(),
             copy: CopyProgress::default(),
+            verify: VerifyProgress::default(),
             captured: pgdata.journaled,
             released: pgdata.journaled,
             durable: pgdata.journaled,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use farshore_blkfilter::control::{Descriptor, DescriptorBody, PoolPlace};
+use farshore_blkfilter::control::{CompareAnswer, Descriptor, DescriptorBody, PoolPlace};
 use farshore_changelog::{EncodedBatch, RawBatch, RecordBody};
 use farshore_extent::{
     BlockSizes, Chain, Epoch, Extent, Generation, Lsn, Problem, Seq, VolumeId, VolumeName,
@@ -49,9 +49,38 @@ pub(super) struct Filterd {
     pub(super) next: u64,
     pub(super) released: u64,
     pub(super) recopies: u32,
+    /// Digests without an answer: number, and whether the target must say that they differ.
+    pub(super) asked: BTreeMap<u64, bool>,
+    pub(super) answered: u32,
+}
+
+/// The extent of the digest with this number.
+fn digested(number: u64) -> Extent {
+    Extent::new(number * 4096, 4096).unwrap()
 }
 
 impl Filterd {
+    /// One digest.
+    pub(super) fn ask(&mut self, differs: bool) {
+        let (extent, digest) = (digested(self.next + 1), [u8::from(differs); 32]);
+        self.append(DescriptorBody::Hash { extent, verify: false, digest });
+        self.asked.insert(self.next, differs);
+    }
+
+    fn compared(&mut self, upto: Lsn, answer: &CompareAnswer) {
+        let later = self.asked.split_off(&(upto.seq.get() + 1));
+        let over = std::mem::replace(&mut self.asked, later);
+        for (number, differs) in over {
+            match answer {
+                CompareAnswer::Differing(extents) => {
+                    self.answered += 1;
+                    assert_eq!(extents.contains(&digested(number)), differs, "{number}");
+                }
+                CompareAnswer::Lost => self.ask(differs),
+            }
+        }
+    }
+
     pub(super) fn append(&mut self, body: DescriptorBody) {
         self.next += 1;
         let seq = Seq::new(self.next);
@@ -84,6 +113,7 @@ impl Filterd {
     pub(super) fn recopy(&mut self) {
         self.recopies += 1;
         self.records.clear();
+        self.asked.clear();
         self.append(DescriptorBody::OrderLost);
         self.write(3);
         self.append(DescriptorBody::OrderRestored);
@@ -107,6 +137,8 @@ pub(super) struct Target {
     pub(super) open: bool,
     pub(super) reopens: u32,
     pub(super) acked: Lsn,
+    /// Digests that came over this connection: where, and whether they differ.
+    pub(super) questions: BTreeMap<u64, (Extent, bool)>,
     /// Numbers the source released without an acknowledgement would show here.
     pub(super) lost_acked: bool,
 }
@@ -123,11 +155,22 @@ impl Target {
 
     pub(super) fn disconnect(&mut self) {
         self.open = false;
+        self.questions.clear();
+    }
+
+    /// Compares the digests that are durable.
+    fn judge(&mut self) -> Option<(Lsn, Vec<Extent>)> {
+        let upto = self.durable_end().0;
+        let later = self.questions.split_off(&(upto.seq.get() + 1));
+        let over = std::mem::replace(&mut self.questions, later);
+        let differing = over.values().filter(|q| q.1).map(|q| q.0).collect();
+        (!over.is_empty()).then_some((upto, differing))
     }
 
     pub(super) fn open(&mut self, open: &OpenVolume) -> Opened {
         // Whatever was received is either durable by now or forgotten.
         self.volatile.clear();
+        self.questions.clear();
         self.open = true;
         self.generation = self.generation.max(1);
         let (durable, chain) = self.durable_end();
@@ -156,6 +199,9 @@ impl Target {
         }
         let mut numbers: Vec<(u64, usize)> = Vec::new();
         for record in checked.records() {
+            if let RecordBody::Hash { extent, digest, .. } = record.body {
+                self.questions.insert(record.seq.get(), (extent, digest[0] == 1));
+            }
             if let RecordBody::Write { .. } = record.body {
                 match numbers.last_mut() {
                     Some((n, parts)) if *n == record.seq.get() => *parts += 1,
@@ -194,6 +240,8 @@ pub(super) struct World {
     pub(super) feed: Option<Intake>,
     pub(super) pulls: u32,
     pub(super) wire: VecDeque<Arc<EncodedBatch>>,
+    /// Answers about digests on their way back.
+    pub(super) answers: VecDeque<(Lsn, Vec<Extent>)>,
     pub(super) up: bool,
     pub(super) memory: VolumeMemory,
     pub(super) options: FeedOptions,
@@ -219,6 +267,7 @@ impl World {
             feed: None,
             pulls: 0,
             wire: VecDeque::new(),
+            answers: VecDeque::new(),
             up: false,
             memory: VolumeMemory::default(),
             options,
@@ -268,6 +317,7 @@ impl World {
             Action::SendOpen(open) => {
                 // Everything sent before arrives before.
                 self.deliver(usize::MAX);
+                self.hear();
                 let opened = self.target.open(&open);
                 self.step(Event::Opened(opened));
             }
@@ -297,6 +347,11 @@ impl World {
                 self.filterd.release(upto);
             }
             Action::Remember { memory, .. } => self.memory = memory,
+            Action::Compared { upto, answer, .. } => {
+                let durable = self.target.durable_end().0;
+                assert!(upto <= durable || self.history_may_break, "{upto} is not durable");
+                self.filterd.compared(upto, &answer);
+            }
         }
     }
 
@@ -345,9 +400,22 @@ impl World {
         }
     }
 
+    pub(super) fn judge(&mut self) {
+        if self.up && self.target.open {
+            self.answers.extend(self.target.judge());
+        }
+    }
+
+    pub(super) fn hear(&mut self) {
+        for (upto, differing) in std::mem::take(&mut self.answers) {
+            self.step(Event::Compared { volume: self.volume, upto, differing });
+        }
+    }
+
     pub(super) fn cut_wire(&mut self) {
         self.up = false;
         self.wire.clear();
+        self.answers.clear();
         self.target.disconnect();
     }
 
@@ -377,7 +445,10 @@ impl World {
             self.intake();
             self.deliver(usize::MAX);
             self.sync(usize::MAX);
-            let done = self.target.durable_end().0 == at(self.filterd.next);
+            self.judge();
+            self.hear();
+            let answered = self.filterd.asked.is_empty();
+            let done = self.target.durable_end().0 == at(self.filterd.next) && answered;
             if (done || self.filterd.next == 0) && self.session.is_drained() {
                 return;
             }

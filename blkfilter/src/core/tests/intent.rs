@@ -13,7 +13,7 @@ fn rig(regions: u64, cap: u64, start: Start) -> (Rig, VolumeKey) {
     let mut rig = Rig::new(limits());
     let size = VolumeSize::new(regions * REGION * UNIT).unwrap();
     let set = match start {
-        Start::Copy { .. } => RegionMap::full(size, REGION * UNIT),
+        Start::Copy { .. } | Start::Compare { .. } => RegionMap::full(size, REGION * UNIT),
         Start::Continues { .. } | Start::CopyPart { .. } => RegionMap::new(size, REGION * UNIT),
     };
     rig.intent = Some(IntentStart { set, cap });
@@ -208,7 +208,7 @@ fn a_start_in_part_serves_who_has_the_rest_and_refuses_everybody_else() {
     let released = Lsn::new(farshore_extent::Epoch::new(5), farshore_extent::Seq::new(9));
     let before = Lsn::new(farshore_extent::Epoch::new(5), farshore_extent::Seq::new(8));
     let ranges = vec![sectors(CHUNK + 1, 1)];
-    let start = Start::CopyPart { ranges, released, reason: "killed".into() };
+    let start = Start::CopyPart { ranges, released, compare: false, reason: "killed".into() };
     let v = rig.attach(4 * CHUNK, 64, start);
     assert_eq!(rig.status(v).dirty_bytes, CHUNK * UNIT);
     let mut records = vec![];
@@ -217,7 +217,8 @@ fn a_start_in_part_serves_who_has_the_rest_and_refuses_everybody_else() {
     rig.core.fetch(v, released, 9, u64::MAX, &mut records).unwrap();
     assert_eq!(records.len(), 1);
 
-    let start = Start::CopyPart { ranges: vec![], released, reason: "killed".into() };
+    let start =
+        Start::CopyPart { ranges: vec![], released, compare: false, reason: "killed".into() };
     let v = rig.attach(4 * CHUNK, 64, start);
     assert!(!rig.core.is_catching_up(v), "nothing is to be sent");
 }

@@ -1,5 +1,6 @@
 //! Every rule of the core by name, and random schedules against a model of disk and replica.
 
+mod compare;
 mod group;
 mod grow;
 mod intent;

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::super::*;
-use super::rig::{NEVER, Rig, continues, copy_start, limits, sectors};
+use super::rig::{NEVER, Rig, compare_start, continues, copy_start, limits, sectors};
 use crate::device::DeviceError;
 
 const SECTORS: u64 = 24;
@@ -38,10 +38,19 @@ impl World {
     fn new(seed: u64, faults: Faults) -> Self {
         let mut rig = Rig::new(Limits { faults, max_records: 60, ..limits() });
         for i in 0..VOLUMES {
-            let start = if (seed >> i) & 1 == 0 { continues() } else { copy_start() };
+            let start = match (seed >> i) & 1 {
+                0 => continues(),
+                _ if (seed >> (i + 4)) & 1 == 0 => compare_start(),
+                _ => copy_start(),
+            };
+            let compares = start == compare_start();
             // Small pools lose order all the time, large ones hardly ever.
             let pool = if (seed >> (i + 2)) & 1 == 0 { 32 } else { 160 };
             rig.attach(SECTORS, pool, start);
+            if compares {
+                // The replica has most of it.
+                rig.replicas[i].image[5..].fill(0);
+            }
         }
         Self { rig, guests: vec![], clock: 0, seed, damaged: false, holds: vec![], gaps: vec![] }
     }
@@ -113,13 +122,21 @@ impl World {
                 self.rig.copy(key, hole);
             }
             74..84 => self.damaged |= !self.rig.read(key, 9),
-            84..94 => self.rig.release(key),
+            84..93 => self.rig.release(key),
+            93 => self.rig.release_and_lose_answers(key),
             94..96 => self.hold_or_release(),
             96 => {
                 let spec = self.rig.spec(&self.rig.keys.clone());
                 self.rig.command(|core, now, out| core.marker(now, &spec, out)).unwrap();
             }
             97 if self.below(4) == 0 => {
+                self.rig.command(|core, now, out| core.verify(now, key, true, out)).unwrap();
+            }
+            98 if self.below(6) == 0 => {
+                let reason = "asked for".to_owned();
+                self.rig.command(|core, now, out| core.resync(now, key, reason, out)).unwrap();
+            }
+            99 if self.below(4) == 0 => {
                 let reason = "asked for".to_owned();
                 let from = self.rig.replicas[key.index()].after.seq.get();
                 self.rig.command(|core, now, out| core.recopy(now, key, reason, out)).unwrap();
@@ -147,10 +164,12 @@ impl World {
             for key in self.rig.keys.clone() {
                 self.damaged |= !self.rig.read(key, usize::MAX);
                 self.rig.release(key);
-                if self.rig.core.is_catching_up(key) {
+                if self.rig.core.is_catching_up(key) || self.rig.status(key).verify.running {
                     self.rig.copy(key, None);
                     busy = true;
                 }
+                // The last answer restores order, which is a record.
+                busy |= self.rig.status(key).records > 0;
             }
             if !busy && self.rig.running.is_empty() {
                 break;
@@ -169,6 +188,9 @@ impl World {
                 return Err(format!("volume {volume}: replica {image:?} is not disk {disk:?}"));
             }
             let status = self.rig.status(self.rig.keys[volume]);
+            if status.verify.running || status.verify.differing_bytes > 0 {
+                return Err(format!("volume {volume}: a false alarm, or no end: {status:?}"));
+            }
             if status.pool_used != 0 || status.records != 0 || status.in_flight != 0 {
                 return Err(format!("something was left behind: {status:?}"));
             }
@@ -280,6 +302,16 @@ fn the_model_finds_a_copy_without_the_lock() {
 #[test]
 fn the_model_finds_a_bit_cleared_before_the_read_is_recorded() {
     assert!(finds(Faults { clear_bit_before_read_recorded: true, ..Faults::default() }));
+}
+
+#[test]
+fn the_model_finds_answers_that_a_write_has_overtaken() {
+    assert!(finds(Faults { touched_chunk_is_answered: true, ..Faults::default() }));
+}
+
+#[test]
+fn the_model_finds_lost_answers_taken_for_equal() {
+    assert!(finds(Faults { lost_answer_is_equal: true, ..Faults::default() }));
 }
 
 #[test]

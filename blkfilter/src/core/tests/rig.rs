@@ -9,7 +9,7 @@ use farshore_extent::{
 };
 
 use super::super::*;
-use crate::control::{Descriptor, DescriptorBody, PoolPlace};
+use crate::control::{CompareAnswer, Descriptor, DescriptorBody, PoolPlace};
 use crate::device::DeviceError;
 
 /// Bytes of a sector; a sector's content is one number.
@@ -33,6 +33,11 @@ pub(super) fn crc_of(content: &[u64]) -> u32 {
     crc32c::crc32c(&bytes)
 }
 
+fn digest_of(content: &[u64]) -> [u8; 32] {
+    let bytes: Vec<u8> = content.iter().flat_map(|n| n.to_le_bytes()).collect();
+    *blake3::hash(&bytes).as_bytes()
+}
+
 /// An operation that the backing has been given.
 #[derive(Debug)]
 pub(super) struct Running {
@@ -51,6 +56,8 @@ pub(super) struct Replica {
     pub(super) after: Lsn,
     pub(super) ordered: bool,
     pub(super) records: Vec<Descriptor>,
+    /// Extents whose digests differed since the last answer.
+    pub(super) differing: Vec<Extent>,
     /// Image after each number, while ordered.
     pub(super) cuts: Vec<(u64, Vec<u64>)>,
 }
@@ -84,6 +91,10 @@ pub(super) fn limits() -> Limits {
 
 pub(super) fn copy_start() -> Start {
     Start::Copy { reason: "first copy".into() }
+}
+
+pub(super) fn compare_start() -> Start {
+    Start::Compare { reason: "unclean start".into() }
 }
 
 pub(super) fn continues() -> Start {
@@ -147,6 +158,7 @@ impl Rig {
             after: Lsn::ZERO,
             ordered: false,
             records: vec![],
+            differing: vec![],
             cuts: vec![],
         });
         self.act();
@@ -272,7 +284,9 @@ impl Rig {
             }
             Backing::Zero { extent, .. } => disk[range(extent)].fill(0),
             Backing::Flush => {}
-            Backing::Read { extent, .. } | Backing::CheckHole { extent } => {
+            Backing::Read { extent, .. }
+            | Backing::Digest { extent, .. }
+            | Backing::CheckHole { extent } => {
                 run.read = disk[range(extent)].to_vec();
             }
         }
@@ -293,6 +307,10 @@ impl Rig {
                 pool[at..at + run.read.len()].copy_from_slice(&run.read);
                 Outcome::Data { crc: crc_of(&run.read) }
             }
+            (None, Backing::Digest { .. }) => Outcome::Digest {
+                digest: digest_of(&run.read),
+                zero: run.read.iter().all(|n| *n == 0),
+            },
             (None, Backing::CheckHole { .. }) if run.read.iter().all(|n| *n == 0) => {
                 Outcome::Zeroes
             }
@@ -339,10 +357,22 @@ impl Rig {
         intact
     }
 
-    /// The reader says that everything it took is durable.
+    /// The reader says that everything it took is durable, and what of it differs.
     pub(super) fn release(&mut self, volume: VolumeKey) {
+        let differing = std::mem::take(&mut self.replicas[volume.index()].differing);
+        self.release_and_answer(volume, &CompareAnswer::Differing(differing));
+    }
+
+    /// The same, but the answers to digests are lost on the way.
+    pub(super) fn release_and_lose_answers(&mut self, volume: VolumeKey) {
+        self.replicas[volume.index()].differing.clear();
+        self.release_and_answer(volume, &CompareAnswer::Lost);
+    }
+
+    fn release_and_answer(&mut self, volume: VolumeKey, answer: &CompareAnswer) {
         let upto = self.replicas[volume.index()].after;
         self.command(|core, now, out| core.release(now, volume, upto, out)).unwrap();
+        self.command(|core, now, out| core.compared(now, volume, upto, answer, out)).unwrap();
     }
 
     pub(super) fn read_and_release(&mut self, volume: VolumeKey) {
@@ -366,17 +396,18 @@ impl Rig {
         self.command(|core, now, out| core.grow(now, volume, size, part, out))
     }
 
-    /// Runs everything to its end: requests, copies, reader.
+    /// Runs everything to its end: requests, copies, verifies, reader.
     pub(super) fn drain(&mut self) {
         for _ in 0..10_000 {
             self.finish_all();
             let mut busy = false;
             for key in self.keys.clone() {
                 self.read_and_release(key);
-                if self.core.is_catching_up(key) {
+                if self.core.is_catching_up(key) || self.status(key).verify.running {
                     self.copy(key, None);
                     busy = true;
                 }
+                busy |= self.status(key).records > 0;
             }
             if !busy && self.running.is_empty() {
                 return;
@@ -417,6 +448,11 @@ fn apply(replica: &mut Replica, body: &DescriptorBody, pool: &[u64]) -> bool {
         DescriptorBody::OrderLost => replica.ordered = false,
         DescriptorBody::OrderRestored => replica.ordered = true,
         DescriptorBody::EpochStart { continues, .. } => replica.ordered = *continues,
+        DescriptorBody::Hash { extent, digest, .. } => {
+            if digest_of(&replica.image[range(*extent)]) != *digest {
+                replica.differing.push(*extent);
+            }
+        }
         DescriptorBody::Unknown { .. }
         | DescriptorBody::Marker { .. }
         | DescriptorBody::MarkerCommit(_)
@@ -434,6 +470,7 @@ fn word(body: &DescriptorBody) -> String {
         DescriptorBody::Zero { extent, copied: false } => format!("zero {}", at(extent)),
         DescriptorBody::Zero { extent, copied: true } => format!("hole {}", at(extent)),
         DescriptorBody::Unknown { extent } => format!("unknown {}", at(extent)),
+        DescriptorBody::Hash { extent, .. } => format!("hash {}", at(extent)),
         DescriptorBody::Marker { .. } => "marker".into(),
         DescriptorBody::MarkerCommit(_) => "commit".into(),
         DescriptorBody::MarkerAbort(_) => "abort".into(),

@@ -17,16 +17,31 @@ struct World {
     acked: Lsn,
     /// Nothing below may be opened any more.
     expired: Lsn,
+    /// Digests up to here were answered, or came before the store was opened.
+    answered: Lsn,
 }
 
 impl World {
     fn new(seed: u64, faults: Faults) -> Self {
         Self {
             disk: SimDisk::new(seed ^ 0xd15c),
-            source: Source::new(seed),
+            source: Source::asking(seed),
             faults,
             acked: Lsn::ZERO,
             expired: Lsn::ZERO,
+            answered: Lsn::ZERO,
+        }
+    }
+
+    /// Compares digests for a few steps.
+    fn compare(&mut self, store: &mut Store, steps: u64) {
+        for _ in 0..steps {
+            let answer = store.compare(512 * (1 + self.source.rng.below(64)));
+            // What cannot be read differs; a disk without power proves nothing.
+            let Some(answer) = answer.filter(|_| !self.disk.is_down()) else { continue };
+            assert!(answer.upto <= store.position().durable, "compared before it was durable");
+            self.source.check_answer(self.answered, &answer);
+            self.answered = answer.upto;
         }
     }
 
@@ -46,16 +61,21 @@ impl World {
 
     /// Appends, commits, expires for `steps` steps, or until the power goes.
     fn work(&mut self, store: &mut Store, steps: u64) -> Result<(), StoreError> {
+        self.answered = store.position().durable;
         for _ in 0..steps {
             for _ in 0..=self.source.rng.below(3) {
                 self.source.batch();
             }
             self.source.send(store);
+            let some = self.source.rng.below(4);
+            self.compare(store, some);
             let committed = store.commit()?;
             assert_eq!(committed.durable, self.source.last);
             assert_eq!(committed.chain, self.source.chain);
             self.acked = committed.durable;
             self.source.acked = committed.durable;
+            let some = self.source.rng.below(4);
+            self.compare(store, some);
             if self.source.rng.below(8) == 0 {
                 while store.prepare_reserve()? {}
             }
@@ -69,6 +89,9 @@ impl World {
                     assert!(store.position().floor <= self.expired.max(store.position().base));
                 }
             }
+        }
+        while store.has_questions() && !self.disk.is_down() {
+            self.compare(store, 1);
         }
         Ok(())
     }
@@ -245,6 +268,8 @@ fn planted_faults_are_found() {
         ("super_before_base_sync", Faults { super_before_base_sync: true, ..none }, 0),
         ("sync_retried", Faults { sync_retried: true, ..none }, 40),
         ("no_dir_sync", Faults { no_dir_sync: true, ..none }, 0),
+        ("judge_newest_content", Faults { judge_newest_content: true, ..none }, 0),
+        ("judge_before_durable", Faults { judge_before_durable: true, ..none }, 0),
     ];
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));

@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 
 use farshore_changelog::{
-    BatchBuilder, BatchContext, EncodedBatch, EpochStart, Marker, MarkerState, RawBatch, Record,
-    RecordBody,
+    BatchBuilder, BatchContext, EncodedBatch, EpochStart, HashPurpose, Marker, MarkerState,
+    RawBatch, Record, RecordBody,
 };
 use farshore_extent::{
     BlockSizes, CaptureOrder, Chain, Epoch, Extent, Generation, GroupId, Lsn, MarkerId, PointKind,
     SECTOR, Seq, VolumeId, VolumeSize, WallTime,
 };
 
-use crate::store::{AppendError, Faults, PointReader, ReadError, Store, StoreConfig, StoreMeta};
+use crate::store::{
+    AppendError, Compared, Faults, PointReader, ReadError, Store, StoreConfig, StoreMeta,
+};
 
 pub(super) const SECTORS: u64 = 96;
 
@@ -39,6 +41,15 @@ pub(super) struct Image {
     pub(super) time: WallTime,
 }
 
+/// What must be said about a digest.
+#[derive(Clone, Copy)]
+pub(super) struct Expected {
+    extent: Extent,
+    differs: bool,
+    /// Verification must report it.
+    defect: bool,
+}
+
 pub(super) struct Source {
     pub(super) volume: VolumeId,
     pub(super) generation: Generation,
@@ -53,6 +64,9 @@ pub(super) struct Source {
     pub(super) images: BTreeMap<Lsn, Image>,
     pub(super) batches: Vec<EncodedBatch>,
     pub(super) points: Vec<Lsn>,
+    /// Sends digests too; they wait until somebody compares them.
+    asks: bool,
+    pub(super) digests: BTreeMap<Lsn, Expected>,
 }
 
 impl Source {
@@ -76,7 +90,14 @@ impl Source {
             acked: Lsn::ZERO,
             batches: Vec::new(),
             points: Vec::new(),
+            asks: false,
+            digests: BTreeMap::new(),
         }
+    }
+
+    /// One that sends digests too.
+    pub(super) fn asking(seed: u64) -> Self {
+        Self { asks: true, ..Self::new(seed) }
     }
 
     pub(super) fn meta(&self) -> StoreMeta {
@@ -94,6 +115,7 @@ impl Source {
         self.batches.retain(|b| b.header.last() <= at);
         self.images.retain(|lsn, _| *lsn <= at);
         self.points.retain(|lsn| *lsn <= at);
+        self.digests.retain(|lsn, _| *lsn <= at);
         self.image = self.images.last_key_value().unwrap().1.clone();
         self.last = at;
         self.chain = self.batches.last().map_or(Chain::EMPTY, |b| b.header.chain);
@@ -163,7 +185,7 @@ impl Source {
 
     fn record(&mut self, builder: &mut BatchBuilder) {
         self.tag += 1;
-        match self.rng.below(20) {
+        match self.rng.below(if self.asks { 23 } else { 20 }) {
             0..=9 => {
                 let extent = self.extent(20);
                 let tag = self.tag;
@@ -201,14 +223,57 @@ impl Source {
                 self.image.ordered = true;
                 self.push(builder, RecordBody::OrderRestored);
             }
-            _ => {
+            17..=19 => {
                 let marker = marker(self.tag, MarkerState::Committed);
                 self.push(builder, RecordBody::Marker(marker));
                 if self.image.ordered {
                     self.points.push(Lsn::new(self.epoch, Seq::new(self.seq)));
                 }
             }
+            _ => self.digest(builder),
         }
+    }
+
+    /// A digest of the content, or now and then of another.
+    fn digest(&mut self, builder: &mut BatchBuilder) {
+        let extent = self.extent(40);
+        let sectors = extent.offset() / SECTOR..extent.end() / SECTOR;
+        let tags: Vec<_> =
+            sectors.map(|s| self.image.sectors[usize::try_from(s).unwrap()]).collect();
+        let known = tags.iter().all(Option::is_some);
+        let mut content: Vec<u8> = tags.iter().flat_map(|t| sector(t.unwrap_or(0))).collect();
+        let other = self.rng.below(3) == 0;
+        content[0] ^= u8::from(other);
+        let verify = self.rng.below(2) == 0;
+        let purpose = if verify { HashPurpose::Verify } else { HashPurpose::Resync };
+        let digest = *blake3::hash(&content).as_bytes();
+        self.push(builder, RecordBody::Hash { extent, purpose, digest });
+        let expected =
+            Expected { extent, differs: other || !known, defect: verify && other && known };
+        self.digests.insert(self.at(), expected);
+    }
+
+    fn at(&self) -> Lsn {
+        Lsn::new(self.epoch, Seq::new(self.seq))
+    }
+
+    /// Checks an answer about the digests after `after`.
+    pub(super) fn check_answer(&self, after: Lsn, answer: &Compared) {
+        let excluded = std::ops::Bound::Excluded(after);
+        let asked: Vec<_> =
+            self.digests.range((excluded, std::ops::Bound::Included(answer.upto))).collect();
+        let places = |which: fn(&Expected) -> bool| {
+            asked
+                .iter()
+                .filter(|(_, e)| which(e))
+                .map(|(at, e)| (**at, e.extent))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(answer.digests, asked.len() as u64, "digests after {after} to {}", answer.upto);
+        let differ: Vec<Extent> = places(|e| e.differs).into_iter().map(|(_, e)| e).collect();
+        assert_eq!(answer.differing, differ, "digests after {after} to {}", answer.upto);
+        let defects: Vec<_> = answer.defects.iter().map(|d| (d.at, d.extent)).collect();
+        assert_eq!(defects, places(|e| e.defect));
     }
 
     /// Sends everything after the store's position and checks that it is taken.

@@ -221,7 +221,6 @@ impl FakeFilterd {
                 s.append(volume, DescriptorBody::OrderLost);
                 Ok(Reply::Done)
             }),
-            // Nothing is asked here.
             Request::Compared { .. } => Ok(Reply::Done),
             other => panic!("the agent has no business with {other:?}"),
         })

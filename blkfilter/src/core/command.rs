@@ -470,7 +470,7 @@ impl CaptureCore {
         self.forget_pending(volume);
         self.with_volume(now, volume, out, |v, cx| {
             v.log.discard(&mut v.ring);
-            v.forget_questions();
+            v.compare.forget();
             let seq = v.suspect_all(cx, Cow::Owned(reason));
             v.log.restart_at(seq);
             // What told the reader the size, an EpochStart or a Resize, may be among what was dropped.

@@ -136,8 +136,8 @@ impl Compare {
         }
     }
 
-    /// Nothing that was asked will be answered.
-    fn forget(&mut self) {
+    /// Nothing that was asked will be answered: everything retained was dropped.
+    pub(super) fn forget(&mut self) {
         self.postpone_verify();
         self.questions.clear();
         self.asked.clear();
@@ -296,11 +296,6 @@ impl Volume {
             self.compare.suspect.mark(chunk);
             at = chunk.end();
         }
-    }
-
-    /// Nothing that was asked will be answered: everything retained was dropped.
-    pub(super) fn forget_questions(&mut self) {
-        self.compare.forget();
     }
 
     /// `at`: the last number given out.

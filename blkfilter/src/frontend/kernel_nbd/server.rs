@@ -83,11 +83,7 @@ pub fn remove_stale(
     identifier: &str,
     limit: Duration,
 ) -> Result<bool, KernelNbdError> {
-    let client = Client::new()?;
-    if client.sysfs.identifier(number).as_deref() != Some(identifier) {
-        return Ok(false);
-    }
-    disconnect_left(&client, number, limit, None)
+    disconnect_left(number, identifier, limit, || Ok(None))
 }
 
 /// The same, unless somebody uses it: then it stays.
@@ -99,19 +95,20 @@ pub fn remove_stale_unused(
     identifier: &str,
     limit: Duration,
 ) -> Result<bool, KernelNbdError> {
+    disconnect_left(number, identifier, limit, || claim(number))
+}
+
+fn disconnect_left(
+    number: u32,
+    identifier: &str,
+    limit: Duration,
+    claim: impl FnOnce() -> Result<Option<Claim>, KernelNbdError>,
+) -> Result<bool, KernelNbdError> {
     let client = Client::new()?;
     if client.sysfs.identifier(number).as_deref() != Some(identifier) {
         return Ok(false);
     }
-    disconnect_left(&client, number, limit, claim(number)?)
-}
-
-fn disconnect_left(
-    client: &Client,
-    number: u32,
-    limit: Duration,
-    claim: Option<Claim>,
-) -> Result<bool, KernelNbdError> {
+    let claim = claim()?;
     client.disconnect(number, limit)?;
     claim.into_iter().for_each(Claim::let_go);
     if client.wait_free(number, limit) { Ok(true) } else { Err(KernelNbdError::Busy(number)) }

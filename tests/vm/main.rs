@@ -9,6 +9,7 @@ mod cases;
 mod guest;
 mod image;
 mod machine;
+mod mapper;
 mod runner;
 mod volume;
 

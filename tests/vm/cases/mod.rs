@@ -21,6 +21,7 @@ mod readme;
 mod selftest;
 mod slow_disk;
 mod systemd;
+mod torture;
 mod ublk_front;
 mod verify;
 mod views;
@@ -44,6 +45,7 @@ pub const GROUPS: &[Group] = &[
     life::UBLK_GROUP,
     life::NBD_GROUP,
     slow_disk::GROUP,
+    torture::GROUP,
     guard::GROUP,
     origin::GROUP,
     views::GROUP,

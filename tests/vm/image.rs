@@ -117,14 +117,25 @@ pub struct Disk {
     /// Logical and physical block size.
     pub blocks: (u32, u32),
     pub discard: bool,
-    /// Has a volatile write cache whose content a power cut destroys.
-    pub volatile: bool,
+    /// What a power cut leaves of what was written.
+    pub cache: Cache,
+}
+
+/// What a disk does with what is written to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// Keeps it.
+    Kept,
+    /// Loses in a power cut what was not flushed.
+    Volatile,
+    /// Loses everything in a power cut: it answers a flush and does nothing.
+    Lying,
 }
 
 impl Disk {
     /// 512-byte blocks, discard, and a cache that keeps its content.
     pub const fn new(name: &'static str, mib: u64) -> Self {
-        Self { name, bytes: mib << 20, blocks: (512, 512), discard: true, volatile: false }
+        Self { name, bytes: mib << 20, blocks: (512, 512), discard: true, cache: Cache::Kept }
     }
 
     pub const fn blocks(self, logical: u32, physical: u32) -> Self {
@@ -136,7 +147,11 @@ impl Disk {
     }
 
     pub const fn volatile(self) -> Self {
-        Self { volatile: true, ..self }
+        Self { cache: Cache::Volatile, ..self }
+    }
+
+    pub const fn lying(self) -> Self {
+        Self { cache: Cache::Lying, ..self }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::guest;
 use crate::harness::{pause, wait_for};
-use crate::image::{Disk, Kernel, SCRATCH, disk_image};
+use crate::image::{Cache, Disk, Kernel, SCRATCH, disk_image};
 
 /// Longest boot; 10 s are usual on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -294,12 +294,13 @@ fn attach(qemu: &mut Command, dir: &Path, sockets: &Path, disk: &Disk) -> Option
     let on = if discard { "on" } else { "off" };
     let unmap = if discard { "unmap" } else { "ignore" };
     let mut server = None;
-    let (file, cache) = if disk.volatile {
+    let (file, cache) = if disk.cache != Cache::Kept {
         let socket = sockets.join(name);
         let mut nbdkit = command("nbdkit");
         nbdkit.args(["-f", "--filter=cache", "-U"]).arg(&socket).arg("file").arg(&image);
         // Larger than any disk here: what is reclaimed would no longer be volatile.
-        nbdkit.args(["cache=writeback", "cache-max-size=64G", "cache-on-read=false"]);
+        let flushes = if disk.cache == Cache::Lying { "cache=unsafe" } else { "cache=writeback" };
+        nbdkit.args([flushes, "cache-max-size=64G", "cache-on-read=false"]);
         server = Some(nbdkit.spawn().expect("setpriv"));
         wait_for("nbdkit's socket", Duration::from_secs(20), || socket.exists().then_some(()));
         (format!("nbd+unix:///?socket={}", socket.display()), "none")

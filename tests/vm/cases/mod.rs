@@ -63,6 +63,7 @@ pub const SCENARIOS: &[Scenario] = &[
     readme::SCENARIO,
     selftest::SCENARIO,
     systemd::SCENARIO,
+    torture::SCENARIO,
 ];
 
 /// Steps that scenarios have the machines do: module and functions.
@@ -73,5 +74,6 @@ pub const STEPS: &[(&str, &[Case])] = &[
     ("power", power::STEPS),
     ("selftest", selftest::STEPS),
     ("systemd", systemd::STEPS),
+    ("torture", torture::STEPS),
     ("ublk_front", ublk_front::STEPS),
 ];

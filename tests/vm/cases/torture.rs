@@ -9,8 +9,9 @@ use std::time::Duration;
 use crate::harness::{Site, run, said, wait_for};
 use crate::image::Disk;
 use crate::mapper::Mapped;
+use crate::runner::{Lab, STABLE};
 use crate::volume::{Volume, Way, fio, fio_arguments};
-use crate::{Group, case_list};
+use crate::{Case, Group, Scenario, case_list, guest};
 
 pub const GROUP: Group = Group {
     name: "torture",
@@ -25,6 +26,15 @@ pub const GROUP: Group = Group {
     ],
     ..Group::DEFAULT
 };
+
+pub const SCENARIO: Scenario = Scenario {
+    name: "torture::what_a_disk_that_lies_about_flushes_has_lost_is_compared_and_sent",
+    kernel: STABLE,
+    soak: false,
+    run: what_a_disk_that_lies_about_flushes_has_lost_is_compared_and_sent,
+};
+
+pub const STEPS: &[Case] = case_list![write_and_flush, compare_what_is_left];
 
 const WAY: Way = Way::Ublk;
 const LIMIT: Duration = Duration::from_secs(120);
@@ -225,5 +235,48 @@ fn writeback_through_the_device_ends_when_memory_is_short() {
     assert_eq!(fs::metadata(FILE).expect("file").len(), 128 << 20);
     run("umount", &["/mnt/large"]);
     volume.assert_point_equals_disk("written-back");
+    volume.unprotect();
+}
+
+fn what_a_disk_that_lies_about_flushes_has_lost_is_compared_and_sent(
+    lab: &Lab,
+) -> Result<(), String> {
+    const DISKS: [Disk; 1] = [Disk::new("disk", 64).lying()];
+    let mut machine = lab.boot("machine", &DISKS)?;
+    let step = machine.start_case("torture::write_and_flush", LIMIT);
+    machine.wait_signal("cut", &step)?;
+    machine.cut();
+    let mut machine = lab.boot("machine", &DISKS)?;
+    machine.run_case("torture::compare_what_is_left", LIMIT).map(drop)
+}
+
+const SITE: &str = "/vm/scratch/site";
+
+fn write_and_flush() {
+    let site = Site::at(Path::new(SITE));
+    let daemons = site.start_all();
+    let volume = Volume::protect(&site, WAY, "disk", "1h");
+    ended(write(&volume.device, 'w', 20 << 10, 4096)).expect("write");
+    run("blockdev", &["--flushbufs", volume.path()]);
+    let file = fs::File::options().write(true).open(&volume.device).expect("open");
+    file.sync_all().expect("the disk says that it has everything");
+    volume.assert_point_equals_disk("before");
+    // The state of our own daemons lies on an honest disk.
+    run("sync", &[]);
+    std::mem::forget(daemons);
+    guest::wait_for_the_cut();
+}
+
+fn compare_what_is_left() {
+    let lost = fs::read(guest::disk("disk")).expect("disk");
+    assert!(lost.iter().all(|b| *b == 0), "the disk did not lie: this proves nothing");
+    let site = Site::at(Path::new(SITE));
+    WAY.load_driver();
+    let _daemons = site.start_again();
+    let volume = Volume::again(&site, WAY, "disk");
+    site.tag_when_ordered("disk", "after");
+    volume.assert_point_equals_disk("equal");
+    let told = site.cli(&["verify", "disk", "--rate", "0", "--wait"]);
+    assert!(told.contains("64 MiB compared"), "{told}");
     volume.unprotect();
 }

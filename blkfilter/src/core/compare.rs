@@ -65,6 +65,9 @@ struct Verify {
     at: u64,
     /// Chunks whose answers were lost.
     again: VecDeque<Extent>,
+    /// Chunks that are being read.
+    reading: usize,
+    /// Questions without an answer.
     open: usize,
     checked: u64,
     differing: u64,
@@ -159,7 +162,8 @@ impl Compare {
 
     fn start_verify(&mut self) {
         self.questions.retain(|_, question| !question.verify);
-        self.verify = Verify { running: true, ..Verify::default() };
+        let reading = self.verify.reading;
+        self.verify = Verify { running: true, reading, ..Verify::default() };
     }
 
     /// Counts an answer. When most differed, the next suspect chunks from `at` are only sent.
@@ -206,7 +210,8 @@ impl Verify {
     }
 
     fn end_if_done(&mut self, size: VolumeSize) {
-        if self.at >= size.get() && self.again.is_empty() && self.open == 0 {
+        let asked = self.at >= size.get() && self.again.is_empty() && self.reading == 0;
+        if asked && self.open == 0 {
             self.running = false;
         }
     }
@@ -214,17 +219,22 @@ impl Verify {
 
 impl Volume {
     /// The next clean chunk of a verify that is under way.
-    pub(super) fn next_verify(&mut self) -> Option<Extent> {
+    pub(super) fn next_verify(&self) -> Option<Extent> {
         if !self.wants_verify() {
             return None;
         }
+        let verify = &self.compare.verify;
+        let end = self.size.get().min(verify.at + self.chunk.get());
+        verify.again.front().copied().or_else(|| Extent::between(verify.at, end))
+    }
+
+    /// That chunk is being read, to the end that [`Self::digested`] is told.
+    pub(super) fn verify_reads(&mut self, chunk: Extent) {
         let verify = &mut self.compare.verify;
-        if let Some(chunk) = verify.again.pop_front() {
-            return Some(chunk);
+        verify.reading += 1;
+        if verify.again.pop_front().is_none() {
+            verify.at = chunk.end();
         }
-        let chunk = Extent::between(verify.at, self.size.get().min(verify.at + self.chunk.get()))?;
-        verify.at = chunk.end();
-        Some(chunk)
     }
 
     /// Whether a verify has a chunk to look at now.
@@ -244,6 +254,9 @@ impl Volume {
         outcome: Outcome,
     ) -> CopyEnd {
         self.ring.drop_user(slot.ticket);
+        if verify {
+            self.compare.verify.reading -= 1;
+        }
         let Outcome::Digest { digest, zero } = outcome else {
             self.figures.backing_errors += 1;
             if verify {

@@ -27,7 +27,9 @@ impl CaptureCore {
         }
         let Some(chunk) = volume.next_to_send() else {
             let extent = volume.next_verify().ok_or(CopyEnd::Clean)?;
-            return volume.read_for_digest(extent, true);
+            let read = volume.read_for_digest(extent, true)?;
+            volume.verify_reads(extent);
+            return Ok(read);
         };
         if let Some(extent) = hole.and_then(|hole| volume.whole_chunks(chunk, hole)) {
             volume.cursor = extent.end();

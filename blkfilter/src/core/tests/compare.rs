@@ -137,3 +137,24 @@ fn answers_of_another_epoch_or_about_the_future_are_not_believed() {
     rig.command(|core, now, out| core.compared(now, v, old, &equal, out)).unwrap();
     assert_eq!(rig.status(v).order, CaptureOrder::CatchUp);
 }
+
+/// A verify of a volume of two chunks has begun.
+fn verify_of_two_chunks() -> (Rig, VolumeKey) {
+    let (mut rig, v) = replica_with_stale_chunks(2, &[]);
+    rig.drain();
+    rig.command(|core, now, out| core.verify(now, v, true, out)).unwrap();
+    (rig, v)
+}
+
+#[test]
+fn a_verify_does_not_end_while_a_chunk_is_being_read() {
+    let (mut rig, v) = verify_of_two_chunks();
+    let (first, second) = (rig.copy(v, None), rig.copy(v, None));
+    rig.finish(first);
+    rig.read_and_release(v);
+    assert!(rig.status(v).verify.running, "one chunk is neither asked about nor answered");
+    rig.finish(second);
+    rig.drain();
+    let verify = rig.status(v).verify;
+    assert_eq!((verify.running, verify.checked_bytes), (false, verify.total_bytes));
+}

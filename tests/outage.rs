@@ -142,7 +142,7 @@ fn a_full_spool_gives_up_order_says_so_and_points_come_back() {
     assert!(agent.stop().success());
     let file = site.paths.etc.join("agent.toml");
     std::fs::write(&file, "spool_max = \"12MiB\"\n").expect("agent.toml");
-    let _agent = site.start_agent();
+    let agent = site.start_agent();
     let (ledger, running) = load(&site, 6 * MIB);
     let before = site.tag("disk", "before");
     target.kill();
@@ -163,6 +163,17 @@ fn a_full_spool_gives_up_order_says_so_and_points_come_back() {
     let step = (points.len() / 8).max(1);
     prove(&site, &ledger, points.iter().filter(|p| p.lsn >= before.lsn).step_by(step));
     prove_end(&site, &ledger, &image);
+    // What happened is told afterwards, also by an agent that was started since.
+    agent.kill();
+    let _agent = site.start_agent();
+    let told = wait_for("the agent's events", LONG, || {
+        let out = site.try_cli(&["event", "list", "--limit", "0"]);
+        let told = harness::said(&out);
+        (out.status.success() && told.contains("protected here")).then_some(told)
+    });
+    for what in ["FS-5212", "FS-3103", "changes go to the spool", "in order: points are cut"] {
+        assert!(told.contains(what), "{what} is not in\n{told}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! turns everything that happens into events. Decides nothing about the log itself.
 
 mod drain;
+mod renewal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use crate::batch::FeedOptions;
 use crate::config::Config;
+use crate::event_log::{Changes, EventLog, Sight};
 use crate::identity::{Identity, NewKey};
 use crate::intake::{self, Intake};
 use crate::keeper::{Budget, Keeper};
@@ -81,13 +83,15 @@ pub(crate) struct Driver {
     renewing: Option<NewKey>,
     next_report: Duration,
     board: Board,
+    changes: Changes,
+    events: EventLog,
 }
 
 impl Driver {
     pub(crate) fn new(
         (config, paths, identity): (Config, Paths, Identity),
         inputs: mpsc::Sender<Input>,
-        board: Board,
+        (board, events): (Board, EventLog),
     ) -> Result<Self, Problem> {
         let sender = inputs.clone();
         let sink = move |report| drop(sender.blocking_send(Input::Filterd(report)));
@@ -124,6 +128,8 @@ impl Driver {
             renewing: None,
             next_report: Duration::ZERO,
             board,
+            changes: Changes::default(),
+            events,
         })
     }
 
@@ -535,44 +541,16 @@ impl Driver {
         }
     }
 
-    /// Asks for a new certificate when a third of the old one's life is left.
-    fn renew(&mut self) {
-        let up = self.connection.as_ref().is_some_and(|c| c.up);
-        let due = || {
-            let now = WallTime::now().nanos() / 1_000_000_000;
-            self.identity.renew_after().is_ok_and(|after| after <= now)
-        };
-        if !up || self.renewing.is_some() || !due() {
-            return;
-        }
-        match NewKey::generate(self.identity.host) {
-            Ok(key) => {
-                self.send(FromAgent::Renew { csr: key.csr.clone() });
-                self.renewing = Some(key);
-            }
-            Err(problem) => tracing::error!(%problem, "no key for a new certificate"),
-        }
-    }
-
-    fn renewed(&mut self, certificate: &[u8], ca: &[u8]) {
-        let Some(key) = self.renewing.take() else { return };
-        let saved = self.identity.renewed(&key, certificate, ca).and_then(|identity| {
-            tokio::task::block_in_place(|| identity.save(&self.paths))?;
-            Ok(identity)
-        });
-        match saved {
-            Ok(identity) => {
-                tracing::info!("the certificate of this host was renewed");
-                self.identity = identity;
-            }
-            Err(problem) => tracing::error!(%problem, "the renewed certificate cannot be used"),
-        }
-    }
-
-    pub(crate) fn show(&self) {
-        let (address, since) = (self.address(), self.start.elapsed());
-        let problem = self.filterd_problem.as_ref();
-        self.board.show(self.reporter.status(address, &self.session, problem, since));
+    pub(crate) fn show(&mut self) {
+        let address = self.config.target.as_deref().unwrap_or(&self.identity.target);
+        let since = self.start.elapsed();
+        let filterd = self.filterd_problem.as_ref();
+        let status = self.reporter.status(address, &self.session, filterd, since);
+        let (link, volumes, shipped) = (self.session.link(), &self.volumes, &status.volumes);
+        let sight = Sight { address, link, filterd, volumes, shipped };
+        let events = self.changes.look(&sight, WallTime::now());
+        events.into_iter().for_each(|event| self.events.add(event));
+        self.board.show(status);
     }
 }
 

@@ -4,7 +4,8 @@
 //! reads payload from the mapped pool; [`batch`] builds batches from them; [`supply`] keeps them in
 //! order, in memory or in the [`spool`]; [`session`] (a state machine without I/O) decides what is
 //! sent, resent and released; [`link`] carries it over TLS. [`keeper`] has the rules of the spool.
-//! [`points`] cuts recovery points at the target's interval, [`status`] answers people.
+//! [`points`] cuts recovery points at the target's interval, [`status`] answers people, and [`event_log`]
+//! keeps what has happened for them.
 //!
 //! The agent needs no privileges, opens no port, and holds nothing in memory that it could lose: what
 //! is not durable at the target is durable in the spool or still in `filterd`.
@@ -16,6 +17,7 @@ pub mod config;
 mod driver;
 mod durable_fs;
 mod enroll;
+pub mod event_log;
 pub mod identity;
 pub mod intake;
 pub mod keeper;

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::config::Config;
 use crate::driver::Driver;
+use crate::event_log::EventLog;
 use crate::identity::Identity;
 use crate::limits::{CHANNEL, DRAIN_LOOK, DRAIN_TIMEOUT, STOP_TIMEOUT};
 use crate::status::{self, Board};
@@ -45,10 +46,13 @@ pub async fn run(
         retry_in_ms: None,
         volumes: Vec::new(),
     });
-    let serve = tokio::spawn(status::serve(listener, board.clone()));
+    let file = paths.state.join("agent/events.json");
+    let events = EventLog::open(file.clone());
+    let events = events.map_err(|e| problem::file("start the thread for", &file, &e))?;
+    let serve = tokio::spawn(status::serve(listener, board.clone(), events.clone()));
     let (sender, mut inputs) = mpsc::channel(CHANNEL);
     let socket = paths.agent_socket();
-    let mut driver = Driver::new((config, paths, identity), sender, board)?;
+    let mut driver = Driver::new((config, paths, identity), sender, (board, events))?;
     tracing::info!(target = driver.address(), "the agent is running");
     tokio::pin!(shutdown);
     let mut hangup = signal(SignalKind::hangup()).ok();

@@ -12,6 +12,7 @@ use farshore_protocol::paths::Paths;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
+use crate::event_log::EventLog;
 use crate::problem;
 
 /// Largest request in bytes.
@@ -63,7 +64,7 @@ pub fn listen(paths: &Paths) -> Result<UnixListener, Problem> {
 }
 
 /// Answers until dropped.
-pub async fn serve(listener: UnixListener, board: Board) {
+pub async fn serve(listener: UnixListener, board: Board, events: EventLog) {
     let own = nix::unistd::geteuid().as_raw();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
@@ -74,9 +75,9 @@ pub async fn serve(listener: UnixListener, board: Board) {
         // The mode of the socket is set after it exists; this closes the gap.
         let allowed = stream.peer_cred().is_ok_and(|c| c.uid() == own || c.uid() == 0);
         if allowed {
-            let board = board.clone();
+            let (board, events) = (board.clone(), events.clone());
             tokio::spawn(async move {
-                let served = tokio::time::timeout(IDLE, answer(stream, &board)).await;
+                let served = tokio::time::timeout(IDLE, answer(stream, &board, &events)).await;
                 if let Ok(Err(error)) = served {
                     tracing::debug!(%error, "a status client left");
                 }
@@ -85,7 +86,7 @@ pub async fn serve(listener: UnixListener, board: Board) {
     }
 }
 
-async fn answer(mut stream: UnixStream, board: &Board) -> io::Result<()> {
+async fn answer(mut stream: UnixStream, board: &Board, events: &EventLog) -> io::Result<()> {
     let invalid = |e: String| io::Error::new(io::ErrorKind::InvalidData, e);
     loop {
         let len = match stream.read_u32_le().await {
@@ -101,6 +102,7 @@ async fn answer(mut stream: UnixStream, board: &Board) -> io::Result<()> {
         let reply: Result<AgentReply, Problem> =
             match codec::decode(&body).map_err(|e| invalid(e.to_string()))? {
                 AgentRequest::Status => Ok(AgentReply::Status(board.read())),
+                AgentRequest::Events { limit } => Ok(AgentReply::Events(events.newest(limit))),
             };
         let mut framed = Vec::new();
         codec::write_message(&mut framed, &reply)?;

@@ -46,8 +46,10 @@ impl Agent {
         let mut stream = std::os::unix::net::UnixStream::connect(self.paths.agent_socket()).ok()?;
         write_message(&mut stream, &AgentRequest::Status).ok()?;
         let reply: Result<AgentReply, Problem> = read_message(&mut stream).ok()?;
-        let AgentReply::Status(status) = reply.unwrap();
-        Some(status)
+        match reply.unwrap() {
+            AgentReply::Status(status) => Some(status),
+            AgentReply::Events(_) => panic!("asked for the status"),
+        }
     }
 
     fn problem(&self) -> Option<u16> {

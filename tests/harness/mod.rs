@@ -315,7 +315,7 @@ impl Site {
     pub fn agent_status(&self) -> Option<AgentStatus> {
         match ask(&self.paths.agent_socket(), &AgentRequest::Status) {
             Ok(AgentReply::Status(status)) => Some(status),
-            Err(_) => None,
+            Ok(AgentReply::Events(_)) | Err(_) => None,
         }
     }
 

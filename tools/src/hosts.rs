@@ -1,8 +1,11 @@
-//! `farshore host list`, `event list` and `token create`: the target's books.
+//! `farshore host list`, `event list` and `token create`: the books of the target, and of the agent.
 
 use clap::Subcommand;
 use farshore_extent::{Code, Problem, VolumeName};
-use farshore_protocol::admin::{EventInfo, HostInfo, TargetReply, TargetRequest};
+use farshore_protocol::admin::{
+    AgentReply, AgentRequest, EventInfo, HostInfo, TargetReply, TargetRequest,
+};
+use farshore_protocol::paths::Paths;
 
 use crate::args::{Global, interval, volume_name};
 use crate::exit::{Exit, Failure};
@@ -70,10 +73,7 @@ pub fn hosts(command: &HostCommand, global: &Global, out: &Out) -> Result<Exit, 
 /// `farshore event …`
 pub fn events(command: &EventCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let EventCommand::List { limit } = command;
-    let request = TargetRequest::Events { limit: *limit };
-    let TargetReply::Events(events) = rpc::target(&global.paths(), &request)? else {
-        return Err(rpc::unexpected(Role::Target).into());
-    };
+    let events = all_events(&global.paths(), *limit)?;
     if out.json {
         out.document("farshore.events/1", "events", &events);
         return Ok(Exit::Ok);
@@ -88,6 +88,30 @@ pub fn events(command: &EventCommand, global: &Global, out: &Out) -> Result<Exit
     };
     out.text(&table(&events.iter().map(row).collect::<Vec<_>>()));
     Ok(Exit::Ok)
+}
+
+/// Of the roles that run here, newest first.
+fn all_events(paths: &Paths, limit: u32) -> Result<Vec<EventInfo>, Problem> {
+    let target =
+        rpc::target(paths, &TargetRequest::Events { limit }).and_then(|reply| match reply {
+            TargetReply::Events(events) => Ok(events),
+            _ => Err(rpc::unexpected(Role::Target)),
+        });
+    let agent = rpc::agent(paths, &AgentRequest::Events { limit }).and_then(|reply| match reply {
+        AgentReply::Events(events) => Ok(events),
+        AgentReply::Status(_) => Err(rpc::unexpected(Role::Agent)),
+    });
+    let mut events = match (target, agent) {
+        (Ok(target), Ok(agent)) => [target, agent].concat(),
+        (Ok(events), Err(_)) | (Err(_), Ok(events)) => events,
+        // A host is a source more often than a target.
+        (Err(target), Err(agent)) => {
+            return Err(if paths.target_socket().exists() { target } else { agent });
+        }
+    };
+    events.sort_by_key(|event| std::cmp::Reverse(event.time));
+    events.truncate(usize::try_from(limit).ok().filter(|n| *n > 0).unwrap_or(usize::MAX));
+    Ok(events)
 }
 
 /// `farshore token …`

@@ -8,7 +8,7 @@ use std::time::Duration;
 use farshore_blkfilter::control::client::Client;
 use farshore_changelog::codec;
 use farshore_extent::Problem;
-use farshore_protocol::admin::{AgentReply, AgentRequest, TargetReply, TargetRequest};
+use farshore_protocol::admin::{AgentReply, AgentRequest, AgentStatus, TargetReply, TargetRequest};
 use farshore_protocol::paths::Paths;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -114,6 +114,17 @@ pub fn filterd(paths: &Paths) -> Result<Client, Problem> {
 /// Its own problem, or 5xxx when it does not answer.
 pub fn agent(paths: &Paths, request: &AgentRequest) -> Result<AgentReply, Problem> {
     exchange(Role::Agent, &paths.agent_socket(), request, ANSWER)
+}
+
+/// What the agent says of itself and its volumes.
+///
+/// # Errors
+/// As [`agent`].
+pub fn agent_status(paths: &Paths) -> Result<AgentStatus, Problem> {
+    match agent(paths, &AgentRequest::Status)? {
+        AgentReply::Status(status) => Ok(status),
+        AgentReply::Events(_) => Err(unexpected(Role::Agent)),
+    }
 }
 
 /// Asks the target daemon.

@@ -278,6 +278,11 @@ pub struct EventInfo {
 pub enum AgentRequest {
     /// Connection and volumes.
     Status,
+    /// What happened on this host, newest first.
+    Events {
+        /// At most so many; 0 is all that are kept.
+        limit: u32,
+    },
 }
 
 /// From the agent.
@@ -285,6 +290,7 @@ pub enum AgentRequest {
 #[allow(missing_docs)] // one variant for each request
 pub enum AgentReply {
     Status(AgentStatus),
+    Events(Vec<EventInfo>),
 }
 
 /// State of the agent.

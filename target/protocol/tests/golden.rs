@@ -297,8 +297,6 @@ fn replica_status() -> ReplicaStatus {
 
 fn target_reply() -> Vec<Result<TargetReply, Problem>> {
     let host = HostInfo { host: host(), name: "db1".into(), enrolled: time(), connected: true };
-    let event =
-        EventInfo { time: time(), code: 5002, volume: Some(name()), text: "refused".into() };
     vec![
         Ok(TargetReply::Status(vec![replica_status()])),
         Ok(TargetReply::Points(vec![point_info()])),
@@ -307,10 +305,14 @@ fn target_reply() -> Vec<Result<TargetReply, Problem>> {
         Ok(TargetReply::Hosts(vec![host])),
         Ok(TargetReply::View(Box::new(view_info()))),
         Ok(TargetReply::Views(vec![view_info()])),
-        Ok(TargetReply::Events(vec![event])),
+        Ok(TargetReply::Events(vec![event()])),
         Ok(TargetReply::Done),
         Err(problem()),
     ]
+}
+
+fn event() -> EventInfo {
+    EventInfo { time: time(), code: 5002, volume: Some(name()), text: "refused".into() }
 }
 
 const fn target_reply_name(reply: &Result<TargetReply, Problem>) -> &'static str {
@@ -355,12 +357,13 @@ fn agent_reply() -> Vec<Result<AgentReply, Problem>> {
         retry_in_ms: Some(1_000),
         volumes: vec![volume],
     };
-    vec![Ok(AgentReply::Status(status)), Err(problem())]
+    vec![Ok(AgentReply::Status(status)), Ok(AgentReply::Events(vec![event()])), Err(problem())]
 }
 
 const fn agent_reply_name(reply: &Result<AgentReply, Problem>) -> &'static str {
     match reply {
         Ok(AgentReply::Status(_)) => "status",
+        Ok(AgentReply::Events(_)) => "events",
         Err(_) => "problem",
     }
 }
@@ -368,6 +371,7 @@ const fn agent_reply_name(reply: &Result<AgentReply, Problem>) -> &'static str {
 const fn agent_request_name(request: &AgentRequest) -> &'static str {
     match request {
         AgentRequest::Status => "status",
+        AgentRequest::Events { .. } => "events",
     }
 }
 
@@ -419,7 +423,8 @@ fn messages_of_the_target_keep_their_bytes() {
 fn requests_and_replies_of_the_admin_sockets_keep_their_bytes() {
     pin("target-request.txt", &target_request(), target_request_name);
     pin("target-reply.txt", &target_reply(), target_reply_name);
-    pin("agent-request.txt", &[AgentRequest::Status], agent_request_name);
+    let agent_request = [AgentRequest::Status, AgentRequest::Events { limit: 50 }];
+    pin("agent-request.txt", &agent_request, agent_request_name);
     pin("agent-reply.txt", &agent_reply(), agent_reply_name);
 }
 

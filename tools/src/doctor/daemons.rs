@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use farshore_extent::{PairState, Problem, WallTime};
-use farshore_protocol::admin::{AgentReply, AgentRequest, TargetReply, TargetRequest};
+use farshore_protocol::admin::{TargetReply, TargetRequest};
 use farshore_protocol::paths::Paths;
 use nix::sys::socket::{getsockopt, sockopt};
 
@@ -56,9 +56,7 @@ impl Answers {
         let asked = |paths: &Paths| paths.clone();
         let (a, b, c) = (asked(paths), asked(paths), asked(paths));
         let filterd = begin(move || rpc::filterd(&a)?.list());
-        let agent = begin(move || {
-            rpc::agent(&b, &AgentRequest::Status).map(|AgentReply::Status(status)| status)
-        });
+        let agent = begin(move || rpc::agent_status(&b));
         let target: Pending<Result<_, Problem>> =
             begin(move || match rpc::target(&c, &TargetRequest::Status)? {
                 TargetReply::Status(replicas) => Ok(replicas),
@@ -211,7 +209,7 @@ mod tests {
         let look = |answer: Answer<()>| answers(AGENT, &paths, &answer, |()| "answers".into());
         assert_eq!(look(Some(Ok(()))).state, State::Ok);
         let own = Paths::under(Path::new("/nonexistent"));
-        let absent = rpc::agent(&own, &AgentRequest::Status).map(drop);
+        let absent = rpc::agent_status(&own).map(drop);
         let by_hand = answers(AGENT, &own, &Some(absent.clone()), |()| String::new());
         assert_eq!(by_hand.fix.unwrap(), "farshore --root /nonexistent agent &");
         assert!(look(Some(absent)).fix.unwrap().starts_with("systemctl start farshore-agent"));

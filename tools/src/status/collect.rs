@@ -2,9 +2,7 @@
 
 use farshore_blkfilter::control::VolumeStatus;
 use farshore_extent::Problem;
-use farshore_protocol::admin::{
-    AgentReply, AgentRequest, AgentStatus, ReplicaStatus, TargetReply, TargetRequest,
-};
+use farshore_protocol::admin::{AgentStatus, ReplicaStatus, TargetReply, TargetRequest};
 use farshore_protocol::paths::Paths;
 
 use crate::rpc::{self, Role};
@@ -30,7 +28,7 @@ impl Sides {
     pub fn ask(paths: &Paths) -> Result<Self, Problem> {
         let mut sides = Self::default();
         let filterd = rpc::filterd(paths).and_then(|mut filterd| filterd.list());
-        let agent = rpc::agent(paths, &AgentRequest::Status).map(|AgentReply::Status(s)| s);
+        let agent = rpc::agent_status(paths);
         let target = rpc::target(paths, &TargetRequest::Status).and_then(|reply| match reply {
             TargetReply::Status(replicas) => Ok(replicas),
             _ => Err(rpc::unexpected(Role::Target)),

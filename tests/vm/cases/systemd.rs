@@ -84,7 +84,8 @@ mount $var /mnt
 [ ! -e /mnt/etc ] || cp -a /mnt/etc/. /etc/farshore/
 umount /mnt
 rm -rf /etc/systemd/system/*.wants
-ln -sf '{bin}' /usr/bin/farshore
+# A copy: the units do not see /tmp and /home, where it may be.
+cp '{bin}' /usr/bin/farshore
 cp '{tools}'/systemd/*.service /etc/systemd/system/
 cp '{tools}'/udev/61-farshore.rules /etc/udev/rules.d/
 printf '%s\n' '/dev/disk/by-id/virtio-var /var ext4 defaults 0 0' '{fstab}' > /etc/fstab

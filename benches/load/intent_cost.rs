@@ -99,7 +99,7 @@ fn run(dir: &Path, image: &Path, load: Load, with_map: bool) -> Result<(f64, f64
             std::thread::yield_now();
         }
     }
-    FileMedium::remove(dir, "intent-cost")?;
+    FileMedium::new(dir, "intent-cost").remove()?;
     Ok(took)
 }
 

@@ -198,7 +198,10 @@ pub enum IntentEnd {
 pub enum IntentLoss {
     /// That every region may differ: the next start compares all of them.
     AllMayDiffer,
-    /// Something old: nothing could be written. A crash now would not be noticed as what it is.
+    /// Something old, which a note outside of that disk says; a boot loses the note. A power cut now
+    /// would not be noticed as what it is.
+    UntilBoot,
+    /// Something old: nothing could be written. No crash now would be noticed as what it is.
     Nothing,
 }
 

@@ -476,6 +476,11 @@ fn reason(catching_up: String, loss: Option<IntentLoss>) -> String {
         Some(IntentLoss::AllMayDiffer) => {
             "FS-2052: the state directory cannot be written; a crash now means a whole new copy"
         }
+        Some(IntentLoss::UntilBoot) => {
+            "FS-2052: nothing in the state directory can be written; after a power cut now, \
+             unprotect the volume and protect it again, because the next start cannot know what \
+             changed"
+        }
         Some(IntentLoss::Nothing) => {
             "FS-2052: nothing in the state directory can be written; after a crash now, unprotect \
              the volume and protect it again, because the next start cannot know what changed"

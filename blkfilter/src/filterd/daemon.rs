@@ -60,7 +60,7 @@ impl Daemon {
         if let Some(marker) = &config.marker {
             marker::check(marker, &config.state)?;
         }
-        let state = StateDir::open(&config.state)?;
+        let state = StateDir::open(&config.state, &config.run)?;
         let (records, problems) = state.volumes()?;
         for problem in problems {
             tracing::error!(%problem, why = problem.why, "a volume is not served");

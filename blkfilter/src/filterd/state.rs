@@ -71,16 +71,18 @@ struct EpochFile {
 #[derive(Debug)]
 pub(super) struct StateDir {
     path: PathBuf,
+    run: PathBuf,
     _lock: File,
 }
 
 impl StateDir {
-    pub(super) fn open(path: &Path) -> Result<Self, Problem> {
+    /// `run`: where it is noted that the state cannot be written.
+    pub(super) fn open(path: &Path, run: &Path) -> Result<Self, Problem> {
         let failed = |e: io::Error| problem::state(path, &e);
         durable_fs::create_directory(&path.join("volumes"), 0o700).map_err(failed)?;
         let lock = File::create(path.join("lock")).map_err(failed)?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Ok(()) => Ok(Self { path: path.to_owned(), run: run.to_owned(), _lock: lock }),
             Err(TryLockError::WouldBlock) => Err(problem::state_in_use(path)),
             Err(TryLockError::Error(e)) => Err(failed(e)),
         }
@@ -163,13 +165,16 @@ impl StateDir {
     pub(super) fn remove(&self, volume: VolumeId) -> Result<(), Problem> {
         let path = self.file(volume);
         let removed = durable_fs::remove(&path);
-        let state = FileMedium::remove(&self.path.join("volumes"), &volume.to_string());
-        removed.and(state).map_err(|e| problem::state(&path, &e))
+        removed.and(self.medium(volume).remove()).map_err(|e| problem::state(&path, &e))
     }
 
     /// What the last run left of the volume, to be loaded.
     pub(super) fn volume_state(&self, volume: VolumeId) -> StateFile<FileMedium> {
-        StateFile::new(FileMedium::new(&self.path.join("volumes"), &volume.to_string()))
+        StateFile::new(self.medium(volume))
+    }
+
+    fn medium(&self, volume: VolumeId) -> FileMedium {
+        FileMedium::new(&self.path.join("volumes"), &volume.to_string()).with_note(&self.run)
     }
 }
 
@@ -212,20 +217,20 @@ mod tests {
     #[test]
     fn the_epoch_rises_at_each_start_and_never_falls_behind_a_volume() {
         let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::open(dir.path()).unwrap();
+        let state = StateDir::open(dir.path(), dir.path()).unwrap();
         assert_eq!(state.raise_epoch(&[]).unwrap(), Epoch::new(1));
         assert_eq!(state.raise_epoch(&[]).unwrap(), Epoch::new(2));
         let known = record();
         fs::write(dir.path().join("epoch.json"), b"{damaged").unwrap();
         assert!(state.raise_epoch(&[]).is_err(), "nobody knows the epoch");
         assert_eq!(state.raise_epoch(&[known]).unwrap(), Epoch::new(5));
-        assert_eq!(StateDir::open(dir.path()).unwrap_err().code.0, 2031);
+        assert_eq!(StateDir::open(dir.path(), dir.path()).unwrap_err().code.0, 2031);
     }
 
     #[test]
     fn a_damaged_record_does_not_hide_the_others() {
         let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::open(dir.path()).unwrap();
+        let state = StateDir::open(dir.path(), dir.path()).unwrap();
         let good = record();
         state.save(&good).unwrap();
         let volumes = dir.path().join("volumes");

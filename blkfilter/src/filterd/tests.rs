@@ -35,7 +35,7 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::new(dir.path().join("state"), dir.path().join("run"));
         config.harden = false;
-        let state = StateDir::open(&config.state).unwrap();
+        let state = StateDir::open(&config.state, &config.run).unwrap();
         let ground = Ground {
             names: Names::new(&config.run),
             host: Arc::new(Host::new(Epoch::new(1), config.limits.clone())),

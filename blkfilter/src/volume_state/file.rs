@@ -134,6 +134,7 @@ impl<M: Medium> StateFile<M> {
         self.sequence = superblock.sequence;
         self.loaded = Some(superblock.geometry);
         let left = match superblock.state {
+            _ if self.medium.is_doubted() => Left::Anything,
             State::AllMayDiffer => Left::Anything,
             State::Tracking => regions(&superblock.geometry, &bytes),
             State::Stopped { released, ranges_len: 0, .. } => {
@@ -177,7 +178,9 @@ impl<M: Medium> StateFile<M> {
         }
         let blocks = (0..set.blocks()).map(|index| IntentBlock { index, words: set.block(index) });
         self.write_blocks(blocks, released)?;
-        self.write_super(State::Tracking)
+        self.write_super(State::Tracking)?;
+        self.medium.trust();
+        Ok(())
     }
 
     /// The last step of an orderly stop, when the backing was flushed. `missing`: what a target
@@ -236,6 +239,8 @@ impl<M: Medium> StateFile<M> {
     /// One copy is enough: the newest counts.
     fn say_that_all_may_differ(&mut self) -> IntentLoss {
         let Some(superblock) = &mut self.superblock else { return IntentLoss::Nothing };
+        // First: what is said on the medium may be torn by the error that is the reason.
+        let doubted = self.medium.doubt().is_ok();
         superblock.state = State::AllMayDiffer;
         self.sequence += 1;
         superblock.sequence = self.sequence;
@@ -244,7 +249,14 @@ impl<M: Medium> StateFile<M> {
         for at in SUPER_AT {
             said |= self.medium.write_at(&bytes, at).and_then(|()| self.medium.sync()).is_ok();
         }
-        if said { IntentLoss::AllMayDiffer } else { IntentLoss::Nothing }
+        match (said, doubted) {
+            (true, _) => {
+                self.medium.trust();
+                IntentLoss::AllMayDiffer
+            }
+            (false, true) => IntentLoss::UntilBoot,
+            (false, false) => IntentLoss::Nothing,
+        }
     }
 
     /// After a loss: whether the medium takes writes again. Costs nothing when it does not.

@@ -39,6 +39,23 @@ pub trait Medium {
     /// # Errors
     /// Of the medium.
     fn write_ranges(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Notes elsewhere, for when the state file cannot be written, that it is not to be believed. The
+    /// note lasts until the next boot at least.
+    ///
+    /// # Errors
+    /// When it cannot be noted.
+    fn doubt(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether that was noted; also when nobody can tell.
+    fn is_doubted(&self) -> bool {
+        false
+    }
+
+    /// The state file can be believed again: the note goes away, as soon as it can.
+    fn trust(&mut self) {}
 }
 
 /// A medium in a directory: `ID.state` and `ID.ranges`.
@@ -46,6 +63,8 @@ pub trait Medium {
 pub struct FileMedium {
     state: PathBuf,
     ranges: PathBuf,
+    /// Is there when the state file is in doubt.
+    note: Option<PathBuf>,
     /// Opened when first written to.
     file: Option<File>,
 }
@@ -55,16 +74,24 @@ impl FileMedium {
     #[must_use]
     pub fn new(directory: &Path, stem: &str) -> Self {
         let named = |end: &str| directory.join(format!("{stem}.{end}"));
-        Self { state: named("state"), ranges: named("ranges"), file: None }
+        Self { state: named("state"), ranges: named("ranges"), note: None, file: None }
     }
 
-    /// Removes both files, durably.
+    /// The same, with a note in `directory`, which is on another file system: at best in memory.
+    #[must_use]
+    pub fn with_note(self, directory: &Path) -> Self {
+        let stem = self.state.file_stem().unwrap_or_default();
+        let note = Some(directory.join(stem).with_extension("doubted"));
+        Self { note, ..self }
+    }
+
+    /// Removes both files, durably, and the note.
     ///
     /// # Errors
     /// Of the file system.
-    pub fn remove(directory: &Path, stem: &str) -> io::Result<()> {
-        let medium = Self::new(directory, stem);
-        durable_fs::remove(&medium.state).and(durable_fs::remove(&medium.ranges))
+    pub fn remove(mut self) -> io::Result<()> {
+        self.trust();
+        durable_fs::remove(&self.state).and(durable_fs::remove(&self.ranges))
     }
 
     fn open(&mut self) -> io::Result<&File> {
@@ -107,5 +134,19 @@ impl Medium for FileMedium {
 
     fn write_ranges(&mut self, bytes: &[u8]) -> io::Result<()> {
         durable_fs::write(&self.ranges, bytes, 0o600)
+    }
+
+    fn doubt(&mut self) -> io::Result<()> {
+        let note = self.note.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        durable_fs::write(note, b"", 0o600)
+    }
+
+    fn is_doubted(&self) -> bool {
+        self.note.as_ref().is_some_and(|note| note.try_exists().unwrap_or(true))
+    }
+
+    fn trust(&mut self) {
+        // A note that stays has the next start compare too much.
+        self.note.as_ref().and_then(|note| std::fs::remove_file(note).ok());
     }
 }

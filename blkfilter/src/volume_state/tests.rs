@@ -170,10 +170,17 @@ fn what_cannot_be_recorded_is_recorded_as_everything_and_recovers() {
         fn write_ranges(&mut self, bytes: &[u8]) -> std::io::Result<()> {
             self.0.write_ranges(bytes)
         }
+        fn doubt(&mut self) -> std::io::Result<()> {
+            self.0.doubt()
+        }
+        fn trust(&mut self) {
+            self.0.trust();
+        }
     }
-    let dir = tempfile::tempdir().unwrap();
+    let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let geometry = geometry(40);
-    let mut file = StateFile::new(Flaky(FileMedium::new(dir.path(), "v"), 0));
+    let medium = || FileMedium::new(dir.path(), "v").with_note(run.path());
+    let mut file = StateFile::new(Flaky(medium(), 0));
     let none = map(&geometry, &[]);
     let begin = Begin {
         geometry,
@@ -195,7 +202,19 @@ fn what_cannot_be_recorded_is_recorded_as_everything_and_recovers() {
         let after = start(&found(dir.path()), 40, &identity(1));
         assert_eq!(regions_of(&after), Some(vec![7]));
     }
+    // Nothing can be written: until the next boot a note elsewhere says that.
     file.medium_mut().1 = 3;
+    assert_eq!(file.commit(&commit), IntentEnd::Lost(IntentLoss::UntilBoot));
+    assert!(!file.works_again());
+    let after_a_kill = || start(&StateFile::new(medium()).load(volume()), 40, &identity(1));
+    assert!(matches!(after_a_kill(), Start::Compare { .. }));
+    file.medium_mut().1 = 0;
+    assert!(file.works_again());
+    assert_eq!(file.commit(&commit), IntentEnd::Durable);
+    assert_eq!(regions_of(&after_a_kill()), Some(vec![7]));
+    // And nobody takes the note.
+    file.medium_mut().1 = 3;
+    drop(run);
     assert_eq!(file.commit(&commit), IntentEnd::Lost(IntentLoss::Nothing));
     assert!(!file.works_again());
 }

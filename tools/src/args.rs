@@ -225,6 +225,7 @@ mod tests {
             "enroll fs1.eyJhIjoi",
             "protect /dev/vdb --name pgdata --policy 30s --dry-run",
             "protect /dev/vdb --name pgdata --yes",
+            "protect /dev/vdb --name pgdata --start-at 22:30",
             "unprotect pgdata --yes",
             "verify pgdata --rate 40MiB --wait",
             "verify pgdata --stop",

@@ -100,14 +100,29 @@ pub fn resync(args: &ResyncArgs, global: &Global, out: &Out) -> Result<Exit, Fai
     let mut filterd = rpc::filterd(&global.paths())?;
     let volume = find(&mut filterd, name)?;
     let size = units::bytes(volume.info.size.get());
+    if global.dry_run && volume.copy_waits.is_some() {
+        out.line(format!("would start the copy of {name} that waits"));
+        return Ok(Exit::Ok);
+    }
     if global.dry_run {
         out.line(format!("would compare {size} of {name} and send what differs; points pause"));
         return Ok(Exit::Ok);
     }
+    if volume.copy_waits.is_some() {
+        confirm(&format!("start the copy of {name} now, that waits?"), global)?;
+        filterd.start_copy(volume.info.volume)?;
+        return going(&mut filterd, args, "its copy has started", out);
+    }
     confirm(&format!("compare {size} of {name} now? No points are cut until it is done."), global)?;
     filterd.resync(volume.info.volume, "asked for by hand")?;
+    going(&mut filterd, args, "it is being compared; what differs is sent", out)
+}
+
+/// A copy runs: says so, or waits for its end.
+fn going(filterd: &mut Client, args: &ResyncArgs, what: &str, out: &Out) -> Result<Exit, Failure> {
+    let name = &args.name;
     if !args.wait {
-        out.line(format!("{name} is being compared; what differs is sent"));
+        out.line(format!("{name}: {what}"));
         out.hint("points are cut again when it is done: farshore status --watch");
         return Ok(Exit::Ok);
     }
@@ -116,7 +131,7 @@ pub fn resync(args: &ResyncArgs, global: &Global, out: &Out) -> Result<Exit, Fai
         let CopyProgress { remaining_bytes, bytes_per_second, .. } = v.copy;
         format!("{} left, {}/s", units::bytes(remaining_bytes), units::bytes(bytes_per_second))
     };
-    wait(&mut filterd, name, done, tell, out)?;
+    wait(filterd, name, done, tell, out)?;
     if out.json {
         out.document(SCHEMA, "resynced", name);
     } else {

@@ -16,6 +16,10 @@ struct File {
     pool: Option<ByteSize>,
     /// Limit of the copy loop.
     copy_rate: Option<ByteRate>,
+    /// When a copy may start of what the change log had no room for.
+    resync_window: Option<String>,
+    /// So much never waits for the window.
+    resync_at_once: Option<ByteSize>,
     /// Queues of a block device.
     queues: Option<u16>,
     /// At a stop: how long clients may take to finish.
@@ -46,6 +50,13 @@ pub fn parse(text: &str, name: &str, paths: &Paths) -> Result<Config, Problem> {
     config.marker = Some(paths.etc.join("protected"));
     file.pool.into_iter().for_each(|v| config.pool_bytes = v.bytes());
     file.copy_rate.into_iter().for_each(|v| config.copy_rate = v.bytes_per_second());
+    file.resync_at_once.into_iter().for_each(|v| config.resync_at_once = v.bytes());
+    if let Some(text) = &file.resync_window {
+        config.resync_window = text.parse().map_err(|why: String| {
+            let what = format!("{name}: resync_window cannot be used");
+            Problem::harmless(CODE_VALUE, what, why, "correct the value and start again")
+        })?;
+    }
     file.queues.into_iter().for_each(|v| config.queues = v);
     file.client_grace.into_iter().for_each(|v| config.client_grace = v.duration());
     file.release_grace.into_iter().for_each(|v| config.release_grace = v.duration());
@@ -101,6 +112,12 @@ mod tests {
         assert_eq!(config.control_socket, paths.filterd_socket());
         let wrong = parse("poool = \"64MiB\"", "filterd.toml", &paths).unwrap_err();
         assert!(wrong.next.contains("pool"), "{}", wrong.next);
+        let text = "resync_window = \"mon-fri 20:00-06:00, sun\"\nresync_at_once = \"0\"\n";
+        let config = parse(text, "filterd.toml", &paths).unwrap();
+        assert_eq!(config.resync_window.to_string(), "mon-fri 20:00-06:00, sun");
+        assert_eq!(config.resync_at_once, 0);
+        let wrong = parse("resync_window = \"at night\"", "filterd.toml", &paths).unwrap_err();
+        assert!(wrong.code.0 == CODE_VALUE && wrong.why.contains("18:00-08:00"), "{}", wrong.why);
         let nobody = parse("users = [\"no-such-user-here\"]", "filterd.toml", &paths);
         assert_eq!(nobody.unwrap_err().code.0, CODE_VALUE);
     }

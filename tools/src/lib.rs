@@ -30,6 +30,7 @@ mod points;
 mod protect;
 mod roles;
 mod signals;
+mod start_at;
 mod status;
 mod units;
 mod volume;

@@ -8,15 +8,16 @@ use clap::ValueEnum;
 use farshore_blkfilter::control::{
     AttachChoice, AttachKind, Attachment, Hint, ProtectRequest, VolumeInfo,
 };
-use farshore_extent::{Problem, VolumeName};
+use farshore_extent::{Problem, VolumeName, WallTime};
+use jiff::tz::TimeZone;
 use serde::Serialize;
 
 use crate::args::{Global, bytes, interval, volume_name};
 use crate::ask::confirm;
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
-use crate::rpc;
 use crate::units::{self, Interval};
+use crate::{rpc, start_at};
 
 /// Version of the document.
 const SCHEMA: &str = "farshore.protect/1";
@@ -35,6 +36,9 @@ pub struct ProtectArgs {
     /// Memory that holds writes until they are safe at the target
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pool: Option<u64>,
+    /// When the first copy starts, in steps of 30 minutes: 22:30, "2026-12-31 22:30" or now
+    #[arg(long, value_name = "TIME", default_value = "now")]
+    start_at: String,
     /// How this host reaches it; the best way it has if not given
     #[arg(long, value_name = "WAY")]
     attach: Option<Way>,
@@ -99,6 +103,7 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
         let next = "leave out one of --nbd-socket and --attach";
         return Err(Problem::harmless(1901, "--nbd-socket means --attach socket", why, next).into());
     }
+    let copy_at = start_at::parse(&args.start_at, WallTime::now(), &TimeZone::system())?;
     let mut request = ProtectRequest {
         name: args.name.clone(),
         // The daemon has another working directory.
@@ -107,6 +112,7 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
         nbd_socket: args.nbd_socket.as_deref().map(absolute),
         pool_bytes: args.pool,
         point_interval_ms: args.policy.map(Interval::millis),
+        copy_at,
     };
     let mut filterd = rpc::filterd(&paths)?;
     let found = filterd.preflight(request.clone())?;
@@ -135,6 +141,13 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
         found.attach.iter().for_each(|choice| out.line(reason(choice)));
         found.hints.iter().for_each(|hint| out.line(note(hint)));
         out.hint("from now on open the disk only here; writes that bypass it are not replicated");
+        if let Some(start) = copy_at {
+            let name = &args.name;
+            out.line(format!("  its first copy starts at {}", units::instant_minute(start)));
+            out.hint(format!(
+                "nothing is protected before; to start it earlier: farshore resync {name}"
+            ));
+        }
         out.hint("how far it is: farshore status --watch");
     }
     Ok(Exit::Ok)

@@ -140,6 +140,12 @@ pub fn instant(time: WallTime) -> String {
         .map_or_else(|| "?".to_owned(), |z| z.strftime("%Y-%m-%d %H:%M:%S%.3f").to_string())
 }
 
+/// An instant in the local zone, to the minute.
+pub fn instant_minute(time: WallTime) -> String {
+    zoned(time, &TimeZone::system())
+        .map_or_else(|| "?".to_owned(), |z| z.strftime("%Y-%m-%d %H:%M").to_string())
+}
+
 /// An instant as programs want it: RFC 3339 in UTC with nanoseconds.
 pub fn rfc3339(time: WallTime) -> String {
     zoned(time, &TimeZone::UTC)

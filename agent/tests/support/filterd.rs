@@ -246,6 +246,7 @@ impl State {
             order: v.order,
             reason: String::new(),
             copy: CopyProgress::default(),
+            copy_waits: None,
             verify: VerifyProgress::default(),
             captured: v.records.last().map_or(Lsn::ZERO, |r| Lsn::new(self.epoch, r.seq)),
             released: v.released,

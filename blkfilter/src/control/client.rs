@@ -228,6 +228,14 @@ impl Client {
         self.done(&Request::Resync { volume, reason: reason.to_owned() }, CALL)
     }
 
+    /// Starts at once the copy that waits; nothing when none does.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn start_copy(&mut self, volume: VolumeId) -> Result<(), Problem> {
+        self.done(&Request::StartCopy { volume }, CALL)
+    }
+
     /// Starts a verify from the beginning, or ends it; 0 bytes a second is no limit.
     ///
     /// # Errors

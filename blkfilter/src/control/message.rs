@@ -101,6 +101,11 @@ pub enum Request {
         /// Shown in status and log.
         reason: String,
     },
+    /// Start at once the copy that waits ([`VolumeStatus::copy_waits`]); nothing when none does.
+    StartCopy {
+        /// Which volume.
+        volume: VolumeId,
+    },
     /// Start a verify from the beginning, or end it. What differs is reported, not repaired.
     Verify {
         /// Which volume.
@@ -302,6 +307,8 @@ pub struct ProtectRequest {
     /// Milliseconds between points wished for when the replica is made (0 is none); none: the
     /// target's default. Kept with the volume; the target's own setting wins later.
     pub point_interval_ms: Option<u64>,
+    /// When the first copy starts; none: at once.
+    pub copy_at: Option<WallTime>,
 }
 
 /// What a protected volume is.
@@ -339,6 +346,25 @@ pub struct CopyProgress {
     pub total_bytes: u64,
     /// Rate of the last seconds, bytes per second.
     pub bytes_per_second: u64,
+}
+
+/// What a copy waits for that could run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyWait {
+    /// The start time that its volume was protected with.
+    StartTime,
+    /// The window for what the change log had no room for.
+    Window,
+}
+
+/// A copy that does not run yet. Guests write on, and what they change stays marked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyWaits {
+    /// What it waits for.
+    pub wait: CopyWait,
+    /// When it starts by itself.
+    pub starts: WallTime,
 }
 
 /// What a verify has found: the last one, or the one under way.
@@ -380,6 +406,8 @@ pub struct VolumeStatus {
     pub reason: String,
     /// Copy loop.
     pub copy: CopyProgress,
+    /// Why it does not run yet.
+    pub copy_waits: Option<CopyWaits>,
     /// Verify.
     pub verify: VerifyProgress,
     /// Last place with a record.

@@ -14,7 +14,8 @@ pub mod server;
 pub use crate::sys::pool_reader::ReadOnlyPool;
 pub use client::{Client, FetchWish};
 pub use message::{
-    AttachChoice, AttachKind, Attachment, BackendKind, CompareAnswer, CopyProgress, Descriptor,
-    DescriptorBody, Fetched, Grown, Hint, IntentInfo, MarkerPlaced, MarkerRequest, PoolPlace,
-    ProtectRequest, Readiness, Reply, Request, VerifyProgress, VolumeInfo, VolumeStatus,
+    AttachChoice, AttachKind, Attachment, BackendKind, CompareAnswer, CopyProgress, CopyWait,
+    CopyWaits, Descriptor, DescriptorBody, Fetched, Grown, Hint, IntentInfo, MarkerPlaced,
+    MarkerRequest, PoolPlace, ProtectRequest, Readiness, Reply, Request, VerifyProgress,
+    VolumeInfo, VolumeStatus,
 };

@@ -285,6 +285,7 @@ impl Volume {
     /// Order is lost, and everything is to be compared.
     pub(super) fn suspect_all(&mut self, cx: &mut Context<'_>, reason: Cow<'static, str>) -> Seq {
         self.compare.postpone_verify();
+        self.losses += u64::from(self.order == CaptureOrder::Ordered);
         self.order = CaptureOrder::CatchUp;
         self.reason = reason;
         self.catch_up_total = 0;
@@ -297,6 +298,7 @@ impl Volume {
         let all = self.size.extent();
         self.mark_dirty(all);
         self.compare.suspect(all, self.chunk);
+        self.overrun = false; // whoever wants this has another reason
         // What a verify found is compared again.
         self.compare.verify.differing = 0;
         self.compare.verify.shown = ExtentSet::default();

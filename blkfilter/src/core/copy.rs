@@ -4,14 +4,34 @@
 //! meanwhile, so the record holds the content at its number.
 
 use farshore_changelog::limits::MAX_DATALESS_LEN;
-use farshore_extent::Extent;
+use farshore_extent::{CaptureOrder, Extent};
 
 use super::capture::{CaptureCore, What};
-use super::event::{CopyEnd, Outcome, PoolSlot, VolumeKey};
+use super::command::Refused;
+use super::event::{Action, CopyEnd, Now, Outcome, PoolSlot, VolumeKey};
 use super::volume::{Context, Volume};
 use crate::control::{DescriptorBody, PoolPlace};
 
 impl CaptureCore {
+    /// Keeps the copy loop of `volume` from running, or lets it go. Guests write on; what they
+    /// change stays marked. Nothing is held any more once order is restored.
+    ///
+    /// # Errors
+    /// [`Refused::NoSuchVolume`].
+    pub fn hold_copy(
+        &mut self,
+        now: Now,
+        volume: VolumeKey,
+        held: bool,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Refused> {
+        self.with_volume(now, volume, out, |v, cx| {
+            v.held = held && v.order == CaptureOrder::CatchUp;
+            v.want_copy(cx);
+        })
+        .ok_or(Refused::NoSuchVolume)
+    }
+
     /// Picks the next dirty chunk and reserves room for it.
     pub(super) fn next_copy(
         &mut self,

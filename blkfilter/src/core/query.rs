@@ -32,8 +32,16 @@ pub struct CoreStatus {
     pub order: CaptureOrder,
     /// Why it is catching up; empty when ordered.
     pub reason: String,
+    /// How many times order was lost since attach.
+    pub losses: u64,
+    /// It lost order because the log had no more room.
+    pub overrun: bool,
     /// Bytes in dirty chunks.
     pub dirty_bytes: u64,
+    /// The copy loop is held.
+    pub held: bool,
+    /// The copy loop has to wait for room, or is held.
+    pub copy_stuck: bool,
     /// What a verify has found.
     pub verify: VerifyProgress,
     /// Most of them in this catch-up.
@@ -200,7 +208,11 @@ impl CaptureCore {
             size: v.size,
             order: v.order,
             reason: v.reason.clone().into_owned(),
+            losses: v.losses,
+            overrun: v.overrun,
             dirty_bytes: v.dirty.dirty_bytes(),
+            held: v.held,
+            copy_stuck: !v.may_copy(&self.limits),
             verify: v.compare.verify_progress(v.size),
             catch_up_total: v.catch_up_total,
             captured: v.log.captured(),

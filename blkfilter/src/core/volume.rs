@@ -71,6 +71,12 @@ pub(super) struct Volume {
     pub(super) cursor: u64,
     /// Most dirty bytes seen in this catch-up.
     pub(super) catch_up_total: u64,
+    /// The copy loop is not to run yet.
+    pub(super) held: bool,
+    /// How many times order was lost.
+    pub(super) losses: u64,
+    /// Order was lost because the log had no more room.
+    pub(super) overrun: bool,
     /// The copy loop was told to wait for `CopyWanted`.
     pub(super) copy_waits: bool,
     /// Writes in flight that cannot be recorded.
@@ -124,12 +130,12 @@ impl Volume {
             Buffer::Pool(slot) => slot,
             Buffer::Spare => {
                 self.spares -= 1;
-                self.lose(cx, write.extent, "the capture pool was full".into());
+                self.overrun(cx, write.extent, "the capture pool was full");
                 return;
             }
         };
         if self.is_log_full(cx) {
-            self.lose(cx, write.extent, "too many records waited for the target".into());
+            self.overrun(cx, write.extent, "too many records waited for the target");
         } else if !self.dirty.touches_dirty(write.extent) {
             let place = PoolPlace { offset: slot.offset(), crc: write.crc };
             let seq = write.early.unwrap_or_else(|| cx.counter.take());
@@ -183,7 +189,7 @@ impl Volume {
     /// A zero or discard that the backing has completed.
     pub(super) fn zeroed(&mut self, cx: &mut Context<'_>, extent: Extent, early: Option<Seq>) {
         if self.is_log_full(cx) {
-            self.lose(cx, extent, "too many records waited for the target".into());
+            self.overrun(cx, extent, "too many records waited for the target");
         } else if !self.dirty.touches_dirty(extent) {
             let seq = early.unwrap_or_else(|| cx.counter.take());
             self.append_at(cx, seq, DescriptorBody::Zero { extent, copied: false }, None);
@@ -215,12 +221,19 @@ impl Volume {
         if self.order == CaptureOrder::Ordered {
             self.compare.postpone_verify();
             self.order = CaptureOrder::CatchUp;
+            self.losses += 1;
             self.reason = reason;
             self.catch_up_total = 0;
             self.append(cx, DescriptorBody::OrderLost, None);
         }
         self.touch(cx, extent);
         self.mark_dirty(extent);
+    }
+
+    /// The same because the log has no more room.
+    fn overrun(&mut self, cx: &mut Context<'_>, extent: Extent, reason: &'static str) {
+        self.overrun |= self.order == CaptureOrder::Ordered;
+        self.lose(cx, extent, reason.into());
     }
 
     /// What happened in `extent` is in no record where its chunks are dirty.
@@ -246,7 +259,7 @@ impl Volume {
 
     pub(super) fn may_copy(&self, limits: &Limits) -> bool {
         let room = !self.ring.at_least_half_full() && self.log.len() * 2 < limits.max_records;
-        room && !self.compare.is_full()
+        room && !self.held && !self.compare.is_full()
     }
 
     /// Ends the catch-up when nothing is left to be sent.
@@ -257,6 +270,7 @@ impl Volume {
         if done {
             self.order = CaptureOrder::Ordered;
             self.reason = Cow::Borrowed("");
+            (self.held, self.overrun) = (false, false);
             self.append(cx, DescriptorBody::OrderRestored, None);
         }
     }

@@ -313,6 +313,17 @@ impl Host {
         })
     }
 
+    /// Keeps the copy loop from running, or lets it go.
+    ///
+    /// # Errors
+    /// As [`CaptureCore::hold_copy`].
+    pub fn hold_copy(&self, volume: VolumeId, held: bool) -> Result<(), Refused> {
+        self.command(|core, now, out| {
+            let key = core.key_of(volume).ok_or(Refused::NoSuchVolume)?;
+            core.hold_copy(now, key, held, out)
+        })
+    }
+
     /// Starts a verify from the beginning, or ends it.
     ///
     /// # Errors

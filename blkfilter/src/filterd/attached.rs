@@ -11,6 +11,7 @@ use super::filtering::{Filtering, Lingering};
 use super::names::Names;
 use super::namespace::OwnDevices;
 use super::problem;
+use super::schedule::Plan;
 use super::serving::{NotRemoved, NotStarted, Serving};
 use super::state::{Front, StateDir, VolumeRecord};
 use crate::backing::{Backing, Mode};
@@ -44,6 +45,8 @@ pub(super) struct Attached {
     pub(super) filtering: Arc<Filtering>,
     pub(super) record: Mutex<VolumeRecord>,
     state: SharedState,
+    /// When its copy may run.
+    pub(super) plan: Mutex<Plan>,
     /// None once it has ended, and while it is being ended.
     pub(super) serving: Mutex<Option<Serving>>,
     /// The disk behind it, as the kernel calls it; none for a file.
@@ -203,6 +206,8 @@ impl Attached {
             intent: Some(IntentStart { set: plan.set, cap: ground.config.max_regions }),
         };
         let key = ground.host.attach(attach).map_err(|e| problem::refused(&e))?;
+        let held = ground.host.hold_copy(record.volume, record.wait.is_some());
+        held.map_err(|e| problem::refused(&e))?;
         let filter = FilterConfig {
             host: Arc::clone(&ground.host),
             key,
@@ -257,11 +262,13 @@ impl Attached {
             epoch: record.epoch,
             point_interval_ms: record.point_interval_ms,
         };
+        let plan = Mutex::new(Plan { wait: record.wait, going: None });
         Ok(Arc::new(Self {
             info,
             filtering: Arc::clone(filtering),
             record: Mutex::new(record),
             state,
+            plan,
             serving: Mutex::new(Some(serving)),
             origin,
             ground: ground.clone(),
@@ -301,6 +308,7 @@ impl Attached {
                 total_bytes: core.catch_up_total,
                 bytes_per_second: self.filtering.copy().map_or(0, CopyLoop::speed),
             },
+            copy_waits: self.copy_waits(core.order),
             verify: core.verify,
             captured: core.captured,
             released: core.released,

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use farshore_extent::{Code, Problem, VolumeId, VolumeName};
+use farshore_extent::{Code, Problem, VolumeId, VolumeName, WallTime};
 
 use super::attached::{Attached, open};
 use super::choice::choose;
@@ -159,6 +159,7 @@ impl Service {
             nbd_socket: record.front.socket(),
             pool_bytes: Some(record.pool_bytes),
             point_interval_ms: record.point_interval_ms,
+            copy_at: None,
         };
         if let Some(problem) = self.obstacles(&request).into_iter().next() {
             return Err(problem);
@@ -227,6 +228,7 @@ impl Attaching {
             loop {
                 service.news.clear();
                 service.heal();
+                service.all().iter().for_each(|volume| volume.schedule(WallTime::now()));
                 service.attach_missing();
                 let claimed = lock(&service.missing).iter().any(Missing::is_claimed);
                 let pause = if claimed && service.is_starting() { CLAIM_LOOK } else { LOOK };

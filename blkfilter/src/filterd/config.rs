@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use farshore_extent::ChunkSize;
 
+use super::window::Window;
 use crate::control::server::Access;
 use crate::core::{Limits, RegionMap};
 use crate::sys::ring::Engine;
@@ -35,6 +36,11 @@ pub struct Config {
     pub limits: Limits,
     /// Copy rate of a volume that was not given one, in bytes a second; 0 is no limit.
     pub copy_rate: u64,
+    /// When a copy may start of what the change log had no room for, if it is more than
+    /// `resync_at_once` bytes.
+    pub resync_window: Window,
+    /// A copy of at most so many bytes never waits for the window.
+    pub resync_at_once: u64,
     /// Queues of a block device, each with a thread; 0: as many as CPUs, at most 4.
     pub queues: u16,
     /// At a stop: how long NBD clients may take to finish what they have sent.
@@ -64,6 +70,8 @@ impl Config {
             max_regions: 1024,
             limits: Limits::default(),
             copy_rate: 0,
+            resync_window: Window::default(),
+            resync_at_once: 64 << 30,
             queues: 0,
             client_grace: Duration::from_secs(5),
             release_grace: Duration::from_secs(5),

@@ -14,6 +14,7 @@ mod marker;
 mod names;
 mod namespace;
 mod problem;
+mod schedule;
 mod service;
 mod serving;
 mod shutdown;
@@ -21,8 +22,10 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod window;
 
 pub use config::Config;
 pub use daemon::{Daemon, Phase, run};
 pub use problem::{AHEAD_OF_LOG, RECORDS_GONE};
 pub use shutdown::Shutdown;
+pub use window::Window;

@@ -14,6 +14,7 @@ use super::attaching::Missing;
 use super::choice::{Impossible, choose};
 use super::marker;
 use super::problem;
+use super::schedule::Wait;
 use super::state::{Front, VolumeRecord};
 use super::turns::Turns;
 use crate::control::server::{Response, Serve};
@@ -157,6 +158,7 @@ impl Service {
             pool_bytes: request.pool_bytes.unwrap_or(config.pool_bytes),
             point_interval_ms: request.point_interval_ms,
             copy_rate: known.as_ref().map_or(config.copy_rate, |r| r.copy_rate),
+            wait: request.copy_at.map(Wait::Until).or(known.as_ref().and_then(|r| r.wait)),
             size: backing.size(),
             blocks: backing.blocks(),
             epoch: self.ground.host.epoch(),
@@ -436,13 +438,15 @@ impl Serve for Service {
                 Reply::Done
             }
             Request::Recopy { volume, reason } => {
-                tracing::warn!(%volume, reason, "the agent asks for a new copy");
-                host.recopy(volume, reason).map_err(refused)?;
+                self.find(volume)?.recopy(reason)?;
                 Reply::Done
             }
             Request::Resync { volume, reason } => {
-                tracing::info!(%volume, reason, "everything is compared with the replica");
-                host.resync(volume, reason).map_err(refused)?;
+                self.find(volume)?.resync(reason)?;
+                Reply::Done
+            }
+            Request::StartCopy { volume } => {
+                self.find(volume)?.start_copy()?;
                 Reply::Done
             }
             Request::Verify { volume, start, bytes_per_second } => {

@@ -17,6 +17,7 @@ use farshore_extent::{BlockSizes, Epoch, Problem, VolumeId, VolumeName, VolumeSi
 use serde::{Deserialize, Serialize};
 
 use super::problem;
+use super::schedule::Wait;
 use crate::durable_fs;
 use crate::volume_state::{FileMedium, StateFile};
 
@@ -49,6 +50,9 @@ pub(super) struct VolumeRecord {
     pub(super) point_interval_ms: Option<u64>,
     /// Bytes a second; 0 is no limit.
     pub(super) copy_rate: u64,
+    /// What the copy loop waits for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) wait: Option<Wait>,
     pub(super) size: VolumeSize,
     pub(super) blocks: BlockSizes,
     /// The epoch that wrote this.
@@ -208,6 +212,7 @@ mod tests {
             pool_bytes: 8 << 20,
             point_interval_ms: None,
             copy_rate: 0,
+            wait: None,
             size: VolumeSize::new(1 << 20).unwrap(),
             blocks: BlockSizes::E512,
             epoch: Epoch::new(4),

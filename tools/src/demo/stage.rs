@@ -300,6 +300,7 @@ impl Stage {
             nbd_socket: None,
             pool_bytes: None,
             point_interval_ms: None,
+            copy_at: None,
         };
         let best = rpc::filterd(&self.paths)?.preflight(request)?.attach;
         if best.as_ref().is_some_and(|best| best.kind == AttachKind::Ublk) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use farshore_blkfilter::control::{IntentInfo, VerifyProgress, VolumeStatus};
+use farshore_blkfilter::control::{CopyWaits, IntentInfo, VerifyProgress, VolumeStatus};
 use farshore_extent::{CaptureOrder, PairState, Problem, VolumeId, VolumeName, WallTime};
 use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus, SpoolInfo};
 use serde::Serialize;
@@ -41,6 +41,8 @@ pub struct Row {
     pub copy_rate: u64,
     /// Left of that copy, in bytes.
     pub copy_remaining: u64,
+    /// Source: what that copy waits for.
+    pub copy_waits: Option<CopyWaits>,
     /// Now minus the newest durable point, in milliseconds.
     pub rpo_ms: Option<u64>,
     /// Wanted, in milliseconds.
@@ -150,6 +152,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         copy_percent: if show_copy { percent(r.copy_remaining, r.copy_total) } else { None },
         copy_rate: r.copy_rate,
         copy_remaining: r.copy_remaining,
+        copy_waits: None,
         rpo_ms: r.rpo_ms,
         rpo_target_ms: Some(r.rpo_target_ms),
         lag_bytes: r.lag_bytes,
@@ -203,6 +206,7 @@ fn of_source(
         },
         copy_rate: copy.bytes_per_second,
         copy_remaining: copy.remaining_bytes,
+        copy_waits: v.copy_waits,
         rpo_ms: rpo,
         rpo_target_ms: wanted,
         lag_bytes: v
@@ -231,6 +235,7 @@ fn both(target: Row, source: Row) -> Row {
     Row {
         lag_bytes: source.lag_bytes,
         copy_rate: source.copy_rate,
+        copy_waits: source.copy_waits,
         device: source.device,
         nbd_socket: source.nbd_socket,
         backing: source.backing,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use farshore_blkfilter::control::{CopyWait, CopyWaits};
 use farshore_extent::PairState;
 use farshore_protocol::admin::SpoolLevel;
 
@@ -60,6 +61,9 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
 /// What is being copied: how much is left, how fast it goes, and when it will be done.
 fn copies(rows: &[Row]) -> String {
     let line = |row: &Row| {
+        if let Some(waits) = &row.copy_waits {
+            return Some(waiting(row, waits));
+        }
         let percent = row.copy_percent?;
         let left = units::bytes(row.copy_remaining);
         let end = row.copy_remaining.checked_div(row.copy_rate).map_or_else(
@@ -73,6 +77,20 @@ fn copies(rows: &[Row]) -> String {
     };
     let lines: String = rows.iter().filter_map(line).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// What could be copied and waits, why, and what starts it earlier.
+fn waiting(row: &Row, waits: &CopyWaits) -> String {
+    let why = match waits.wait {
+        CopyWait::StartTime => "as asked for",
+        CopyWait::Window => "the change log was full, and resync-window is not open",
+    };
+    let (name, left) = (&row.volume, units::bytes(row.copy_remaining));
+    let starts = units::instant_minute(waits.starts);
+    format!(
+        "copy of {name} starts at {starts}: {why}; {left} left, no points until then; now: \
+         farshore resync {name}\n"
+    )
 }
 
 /// What is being compared.
@@ -273,6 +291,7 @@ pub mod tests_data {
             order: CaptureOrder::Ordered,
             reason: String::new(),
             copy: CopyProgress::default(),
+            copy_waits: None,
             verify: VerifyProgress::default(),
             captured: pgdata.journaled,
             released: pgdata.journaled,
@@ -305,6 +324,8 @@ pub mod tests_data {
 
 #[cfg(test)]
 mod tests {
+    use farshore_extent::CaptureOrder;
+
     use super::tests_data::{NOW, sides};
     use super::*;
     use crate::args::Global;
@@ -324,6 +345,27 @@ copying mail: 64% done, 9 GiB left, at 40 MiB/s, done in about 3m50s
 1 problem:  files  FS-3107 link slower than change rate for 4 min (18 vs 26 MiB/s)  farshore explain FS-3107
 ";
         assert_eq!(text(&merge(&sides(), NOW), &out), expected);
+    }
+
+    #[test]
+    fn a_copy_that_waits_says_why_until_when_and_what_starts_it() {
+        let mut sides = sides();
+        let source = sides.filterd.iter_mut().flatten().next().unwrap();
+        source.order = CaptureOrder::CatchUp;
+        source.copy.remaining_bytes = 100 << 30;
+        for (wait, why) in [(CopyWait::StartTime, "as asked for"), (CopyWait::Window, "was full")] {
+            source_waits(&mut sides, wait);
+            let told = text(&merge(&sides, NOW), &Out::new(&Global::default()));
+            let starts = crate::units::instant_minute(NOW);
+            assert!(told.contains(&format!("copy of pgdata starts at {starts}: ")), "{told}");
+            assert!(told.contains(why) && told.contains("now: farshore resync pgdata"), "{told}");
+        }
+    }
+
+    fn source_waits(sides: &mut crate::status::collect::Sides, wait: CopyWait) {
+        for source in sides.filterd.iter_mut().flatten() {
+            source.copy_waits = Some(CopyWaits { wait, starts: NOW });
+        }
     }
 
     #[test]

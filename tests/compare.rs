@@ -105,6 +105,32 @@ fn a_verify_raises_no_false_alarm_and_finds_exactly_what_differs() {
 }
 
 #[test]
+fn a_first_copy_ends_while_a_guest_writes_without_a_pause() {
+    let site = Site::new();
+    let _daemons = site.start_all();
+    let image = site.root().join("disk.img");
+    std::fs::write(&image, vec![7; usize::try_from(SIZE).expect("size")]).expect("image");
+    let later = run("date", &["-d", "2 days", "+%Y-%m-%d 12:30"]);
+    let later = String::from_utf8(later.stdout).expect("UTF-8");
+    let how = ["--policy", "300ms", "--attach", "socket", "--start-at", later.trim()];
+    let path = image.to_str().expect("UTF-8");
+    site.cli(&[&["protect", path, "--name", "disk"][..], &how].concat());
+    let load = Load::start(&site.nbd_uri("disk"));
+    let writes = || {
+        let status: serde_json::Value =
+            serde_json::from_str(&site.cli(&["status", "--json"])).ok()?;
+        status["volumes"][0]["writes"].as_u64()
+    };
+    wait_for("the guest to write", Duration::from_secs(30), || writes().filter(|n| *n > 100));
+    site.cli(&["resync", "disk", "--yes", "--wait"]);
+    wait_for("a point under load", Duration::from_secs(60), || {
+        site.points("disk").into_iter().next()
+    });
+    load.stop();
+    assert_point_equals(&site, &image, "after");
+}
+
+#[test]
 fn a_verify_outlives_a_lost_link_and_a_killed_target() {
     let site = Site::new();
     let daemons = site.start_all();

@@ -531,6 +531,7 @@ fn new_volume(key: VolumeKey, attach: &Attach, pool_align: u64) -> Volume {
         log: Log::new(released),
         ring: PoolRing::new(attach.pool_bytes, pool_align),
         catch_up_total: dirty.dirty_bytes(),
+        cold: dirty.clone(),
         dirty,
         intent,
         locks: RangeLock::default(),

@@ -297,6 +297,7 @@ impl Volume {
     fn suspect_everything(&mut self) {
         let all = self.size.extent();
         self.mark_dirty(all);
+        self.cold.mark(all);
         self.compare.suspect(all, self.chunk);
         self.overrun = false; // whoever wants this has another reason
         // What a verify found is compared again.

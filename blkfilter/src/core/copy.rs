@@ -4,7 +4,7 @@
 //! meanwhile, so the record holds the content at its number.
 
 use farshore_changelog::limits::MAX_DATALESS_LEN;
-use farshore_extent::{CaptureOrder, Extent};
+use farshore_extent::{CaptureOrder, ChunkMap, Extent};
 
 use super::capture::{CaptureCore, What};
 use super::command::Refused;
@@ -66,17 +66,25 @@ impl CaptureCore {
         volume.copy_waits = false;
         if self.limits.faults.clear_bit_before_read_recorded {
             volume.dirty.clear(chunk);
+            volume.cold.clear(chunk);
         }
         Ok(What::Copy { extent: chunk, slot })
     }
 }
 
 impl Volume {
-    /// The dirty chunk that is next; those that wait for an answer are passed over.
+    /// The dirty chunk that is next. Those that guests have written to come last: until a chunk is
+    /// sent, one copy carries all writes to it; afterwards each is a record. No chunk becomes cold
+    /// again before order is restored, so a writer cannot keep the loop from its end.
     pub(super) fn next_to_send(&self) -> Option<Extent> {
+        self.next_unasked(&self.cold).or_else(|| self.next_unasked(&self.dirty))
+    }
+
+    /// Chunks that wait for an answer are passed over.
+    fn next_unasked(&self, map: &ChunkMap) -> Option<Extent> {
         let mut at = self.cursor;
         for _ in 0..=self.compare.asked_chunks() {
-            let chunk = self.dirty.next_dirty(at)?;
+            let chunk = map.next_dirty(at)?;
             if !self.compare.is_asked(chunk) {
                 return Some(chunk);
             }

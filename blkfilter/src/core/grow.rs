@@ -45,6 +45,7 @@ impl CaptureCore {
         self.with_volume(now, volume, out, |v, cx| {
             v.size = size;
             v.dirty.grow(size);
+            v.cold.grow(size);
             v.compare.grow(size);
             if part == NewPart::Unknown && !cx.limits.faults.new_part_not_sent {
                 // Order is lost first: no place has the new size and counts as ordered.
@@ -69,6 +70,7 @@ impl Volume {
         let whole = if end == self.size.get() { end } else { end - end % self.chunk.get() };
         if let Some(chunks) = Extent::between(extent.offset(), whole) {
             self.dirty.clear(chunks);
+            self.cold.clear(chunks);
             self.compare.sent(chunks, self.chunk);
         }
     }

@@ -60,6 +60,8 @@ pub(super) struct Volume {
     pub(super) log: Log,
     pub(super) ring: PoolRing,
     pub(super) dirty: ChunkMap,
+    /// Dirty chunks that no guest wrote to since they became dirty.
+    pub(super) cold: ChunkMap,
     /// Which dirty chunks are asked about before they are sent.
     pub(super) compare: Compare,
     /// None: nothing is kept for a crash, every start copies everything.
@@ -238,6 +240,7 @@ impl Volume {
 
     /// What happened in `extent` is in no record where its chunks are dirty.
     fn touch(&mut self, cx: &Context<'_>, extent: Extent) {
+        self.cold.clear(extent);
         if !cx.limits.faults.touched_chunk_is_answered {
             self.compare.touch(extent, self.chunk);
         }

@@ -132,6 +132,10 @@ impl World {
             97 if self.below(4) == 0 => {
                 self.rig.command(|core, now, out| core.verify(now, key, true, out)).unwrap();
             }
+            97 => {
+                let held = self.below(2) == 0;
+                self.rig.command(|core, now, out| core.hold_copy(now, key, held, out)).unwrap();
+            }
             98 if self.below(6) == 0 => {
                 let reason = "asked for".to_owned();
                 self.rig.command(|core, now, out| core.resync(now, key, reason, out)).unwrap();
@@ -157,6 +161,9 @@ impl World {
         }
         for marker in std::mem::take(&mut self.holds) {
             self.rig.command(|core, now, out| core.release_hold(now, marker, out));
+        }
+        for key in self.rig.keys.clone() {
+            self.rig.command(|core, now, out| core.hold_copy(now, key, false, out)).unwrap();
         }
         for _ in 0..10_000 {
             self.rig.finish_all();

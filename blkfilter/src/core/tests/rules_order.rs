@@ -113,6 +113,92 @@ fn a_copy_read_waits_for_writes_and_writes_wait_for_it() {
 }
 
 #[test]
+fn chunks_that_guests_write_to_are_copied_last_and_their_writes_cost_one_copy() {
+    let mut rig = Rig::new(limits());
+    let v = rig.attach(24, 64, copy_start());
+    rig.disks[0].fill(9);
+    for round in 0..5 {
+        for sector in [1, 13] {
+            let write = rig.write(v, sectors(sector, 1));
+            rig.finish(write);
+        }
+        if round < 4 {
+            let copy = rig.copy(v, None);
+            rig.finish(copy);
+        }
+    }
+    let cold = ["copy 4+4", "copy 8+4", "copy 16+4", "copy 20+4"].map(String::from);
+    assert_eq!(words(&rig, v), cold, "and none of the ten writes");
+    rig.drain();
+    let story = rig.replicas[0].records.iter().map(|r| r.body.payload_len()).sum::<u64>();
+    assert_eq!(story, 24 * 512, "each sector was sent once");
+    assert_eq!(rig.replicas[0].image, rig.disks[0]);
+}
+
+#[test]
+fn a_copy_ends_after_one_turn_a_chunk_under_a_guest_that_never_pauses() {
+    const CHUNKS: u64 = 100;
+    for stride in [1, 3, 37, 99] {
+        let mut rig = Rig::new(limits());
+        let v = rig.attach(CHUNKS * 4, 64, copy_start());
+        rig.disks[0].fill(9);
+        let (mut turns, mut at) = (0, 0);
+        while rig.status(v).order == CaptureOrder::CatchUp {
+            // Before each turn a write that goes on while the copy is under way.
+            at = (at + stride * 4 + 1) % (CHUNKS * 4);
+            let write = rig.write(v, sectors(at, 1));
+            let copy = rig.copy(v, None);
+            rig.finish(write);
+            rig.finish(copy);
+            rig.read_and_release(v);
+            turns += 1;
+            assert!(turns <= CHUNKS, "stride {stride}: more turns than chunks");
+        }
+        assert_eq!(rig.status(v).dirty_bytes, 0);
+        assert_eq!(rig.replicas[0].image, rig.disks[0]);
+    }
+}
+
+#[test]
+fn a_held_copy_sends_nothing_keeps_what_guests_change_and_goes_on_when_it_is_let_go() {
+    let mut rig = Rig::new(limits());
+    let v = rig.attach(16, 32, copy_start());
+    rig.command(|core, now, out| core.hold_copy(now, v, true, out)).unwrap();
+    let write = rig.write(v, sectors(2, 4));
+    rig.finish(write);
+    rig.copy(v, None);
+    assert_eq!(rig.copy_ends.pop(), Some(CopyEnd::PoolBusy));
+    assert_eq!(words(&rig, v), [""; 0]);
+    assert_eq!((rig.status(v).held, rig.status(v).dirty_bytes), (true, 16 * 512));
+    rig.copy_wanted = false;
+    rig.command(|core, now, out| core.hold_copy(now, v, false, out)).unwrap();
+    assert!(rig.copy_wanted, "the copy loop is woken");
+    rig.drain();
+    assert_eq!(rig.replicas[0].image, rig.disks[0]);
+    rig.command(|core, now, out| core.hold_copy(now, v, true, out)).unwrap();
+    assert!(!rig.status(v).held, "there is nothing to hold while the volume is ordered");
+}
+
+#[test]
+fn only_a_log_without_room_marks_the_volume_as_overrun_and_a_wish_to_compare_takes_it_away() {
+    let (mut rig, v) = Rig::ordered(64, 16);
+    let bad = rig.write(v, sectors(0, 1));
+    let index = rig.running(bad).unwrap();
+    rig.complete(index, Some(DeviceError::Io));
+    assert!(!rig.status(v).overrun, "a failed write is another reason");
+    rig.drain();
+    for i in 0..5 {
+        let write = rig.write(v, sectors(i * 4, 4));
+        rig.finish(write);
+    }
+    assert!(rig.status(v).overrun);
+    rig.command(|core, now, out| core.resync(now, v, "asked for".into(), out)).unwrap();
+    assert!(!rig.status(v).overrun);
+    rig.drain();
+    assert!(!rig.status(v).overrun);
+}
+
+#[test]
 fn the_last_clean_chunk_restores_order_at_its_own_number() {
     let mut rig = Rig::new(limits());
     let v = rig.attach(8, 32, copy_start());

@@ -3,6 +3,7 @@
 mod harness;
 
 use std::fs::OpenOptions;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -20,7 +21,7 @@ fn fill(uri: &str) {
 }
 
 fn assert_point_equals(site: &Site, image: &Path, name: &str) {
-    let point = site.tag("disk", name);
+    let point = site.tag_when_ordered("disk", name);
     let view = site.open("disk", PointChoice::Id(point.point));
     let copy = site.fetch_view(&view, &format!("{name}.img"));
     assert_same_bytes(image, &copy, "source and point differ");
@@ -73,6 +74,66 @@ fn after_a_crash_only_what_differs_is_sent() {
     let sent = agent.volumes[0].raw_bytes;
     assert_point_equals(&site, &image, "after");
     assert!((3 << 20..16 << 20).contains(&sent), "{sent} bytes were sent for 3 MiB that differ");
+}
+
+#[test]
+fn a_seeded_replica_gets_what_differs_and_has_no_point_before_everything_was_compared() {
+    let site = Site::new();
+    let _daemons = site.start_all();
+    let image = site.root().join("disk.img");
+    let mut bytes = vec![0; usize::try_from(SIZE).expect("size")];
+    std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).expect("bytes");
+    std::fs::write(&image, &bytes).expect("image");
+    // What was carried to the target is older: one percent has changed since.
+    let seed = site.root().join("carried.img");
+    for place in [0, 20, 63] {
+        bytes[place << 20..(place << 20) + (200 << 10)].fill(7);
+    }
+    std::fs::write(&seed, &bytes).expect("seed");
+    let (seed, path) = (seed.to_str().expect("UTF-8"), image.to_str().expect("UTF-8"));
+    let told = site.cli(&["target", "seed", seed, "--host", "test-host", "--name", "disk"]);
+    assert!(told.contains("will begin with 64 MiB"), "{told}");
+
+    let later = run("date", &["-d", "2 days", "+%Y-%m-%d 12:30"]);
+    let later = String::from_utf8(later.stdout).expect("UTF-8");
+    let how = ["--policy", "300ms", "--attach", "socket", "--seeded", "--start-at", later.trim()];
+    site.cli(&[&["protect", path, "--name", "disk"][..], &how].concat());
+    wait_for("the replica", Duration::from_secs(60), || {
+        site.replica("disk").filter(|r| r.connected)
+    });
+    assert!(site.points("disk").is_empty());
+    assert!(!site.try_cli(&["failover", "test", "disk", "--point", "latest"]).status.success());
+    let out = site.try_cli(&["target", "seed", seed, "--host", "test-host", "--name", "disk"]);
+    assert!(said(&out).contains("FS-6533"), "{}", said(&out));
+
+    site.cli(&["resync", "disk", "--yes", "--wait"]);
+    site.wait_protected("disk");
+    assert_point_equals(&site, &image, "seeded");
+    let sent = site.agent_status().expect("the agent runs").volumes[0].raw_bytes;
+    assert!((600 << 10..4 << 20).contains(&sent), "{sent} bytes were sent for 600 KiB that differ");
+}
+
+#[test]
+fn a_seed_of_another_size_or_host_is_not_used_and_everything_is_sent() {
+    let site = Site::new();
+    let _daemons = site.start_all();
+    let seed = site.root().join("carried.img");
+    std::fs::write(&seed, vec![7; 8 << 20]).expect("seed");
+    let seed = seed.to_str().expect("UTF-8");
+    site.cli(&["target", "seed", seed, "--host", "test-host", "--name", "large"]);
+    site.cli(&["target", "seed", seed, "--host", "another", "--name", "small"]);
+    for (name, bytes) in [("large", SIZE), ("small", 8 << 20)] {
+        let (image, uri) = site.protect(name, bytes, "300ms");
+        run("nbdsh", &["-u", &uri, "-c", "h.pwrite(b'q' * 3145728, 1 << 20)\nh.flush()"]);
+        site.wait_protected(name);
+        let point = site.tag_when_ordered(name, "equal");
+        let view = site.open(name, PointChoice::Id(point.point));
+        assert_same_bytes(&image, &site.fetch_view(&view, "view.img"), "source and point differ");
+        site.close(&view);
+        std::fs::remove_file(site.root().join("view.img")).expect("removed");
+    }
+    let told = site.cli(&["event", "list", "--limit", "50"]);
+    assert!(told.contains("FS-6532") && told.contains("67108864"), "{told}");
 }
 
 #[test]

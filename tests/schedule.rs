@@ -95,6 +95,7 @@ fn a_first_copy_starts_by_itself_at_its_time() {
         nbd_socket: None,
         pool_bytes: None,
         point_interval_ms: Some(300),
+        seeded: false,
         copy_at: Some(start),
     };
     filterd(&site).protect(request).expect("protected");

@@ -77,6 +77,7 @@ impl World {
             nbd_socket: None,
             pool_bytes: Some(pool),
             point_interval_ms: None,
+            seeded: false,
             copy_at: None,
         }
     }

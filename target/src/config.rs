@@ -173,6 +173,7 @@ impl Config {
 /// The data directory and the places in it.
 ///
 /// `ca/` keys and certificates · `catalogue.sqlite` · `volumes/UUID/` one replica each ·
+/// `seeds/HOST/NAME.img` images for replicas to come ·
 /// `views/` scratch of open views, emptied at each start · `lock` held by the running daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataDir(PathBuf);
@@ -200,6 +201,12 @@ impl DataDir {
     #[must_use]
     pub fn volumes(&self) -> PathBuf {
         self.0.join("volumes")
+    }
+
+    /// Images that wait for their volumes.
+    #[must_use]
+    pub fn seeds(&self) -> PathBuf {
+        self.0.join("seeds")
     }
 
     /// Scratch of open views.

@@ -22,7 +22,7 @@ use crate::replica::Replica;
 use crate::session::Registry;
 use crate::views::{self, Mark, Views};
 use crate::worker::{self, Work, WorkerThread};
-use crate::{admin, durable_fs, init, listener, problem, upkeep};
+use crate::{admin, durable_fs, init, listener, problem, seed, upkeep};
 
 /// How long sessions and clients of views get to end in good order.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -240,7 +240,26 @@ impl Daemon {
             }
             None => {
                 self.catalogue.note(0, Some(&row.name), "a new replica was made");
+                self.take_seed(&row);
                 self.add_replica(&mut replicas, row)
+            }
+        }
+    }
+
+    /// A new replica begins with the seed that waits for it. Without one, or when it cannot be
+    /// used, it begins empty.
+    fn take_seed(&self, row: &VolumeRow) {
+        let host = self.catalogue.lock().host(row.host);
+        let Ok(Some(host)) = host else { return };
+        let dir = self.data.volumes().join(row.volume.to_string());
+        match seed::take(&self.data, (&host.name, &row.name), row.size, &dir) {
+            Ok(None) => {}
+            Ok(Some(bytes)) => {
+                let text = format!("the replica begins with a seed of {bytes} bytes");
+                self.catalogue.note(0, Some(&row.name), text);
+            }
+            Err(problem) => {
+                self.catalogue.note(problem.code.0, Some(&row.name), problem.what.clone());
             }
         }
     }

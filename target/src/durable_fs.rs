@@ -36,6 +36,25 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
+/// Makes a file that only the owner can read.
+///
+/// # Errors
+/// Of the file system.
+pub fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Gives a synced file another name, durably; one that has it is replaced.
+///
+/// # Errors
+/// Of the file system.
+#[allow(clippy::disallowed_methods)] // this is the durable rename
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::rename(from, to)?;
+    let dirs = [to.parent(), from.parent().filter(|dir| to.parent() != Some(dir))];
+    dirs.into_iter().flatten().try_for_each(sync_dir)
+}
+
 /// Replaces the file with `bytes`, readable as `mode` says. After a crash it is the old file or
 /// the new one, never a mix.
 ///

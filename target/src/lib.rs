@@ -21,6 +21,7 @@ mod enrol;
 mod init;
 mod listener;
 mod replica;
+mod seed;
 mod session;
 mod status;
 mod upkeep;
@@ -29,5 +30,6 @@ mod worker;
 
 pub use daemon::run;
 pub use init::{InitOptions, InitReport, init};
+pub use seed::{SeedReport, seed};
 pub use session::verdict;
 pub use store::{inspect, inspect_segment};

@@ -5,7 +5,7 @@
 use std::fmt::Display;
 use std::path::Path;
 
-use farshore_extent::{Generation, Problem, VolumeName};
+use farshore_extent::{Generation, Problem, VolumeName, VolumeSize};
 
 /// FS-5001: a message other than `Enroll` without a certificate.
 #[must_use]
@@ -292,6 +292,44 @@ pub fn no_volume(name: &VolumeName) -> Problem {
         format!("there is no volume {name} on this target"),
         "no source has opened a volume of that name",
         "farshore status lists the volumes",
+    )
+}
+
+/// FS-6531: this cannot be a seed.
+#[must_use]
+pub fn bad_seed(image: &Path, why: &str) -> Problem {
+    Problem::harmless(
+        6531,
+        format!("{} cannot be the seed of a replica", image.display()),
+        why,
+        "give a raw image file or a block device with the content of the disk",
+    )
+}
+
+/// FS-6532: the seed has another size than the volume.
+#[must_use]
+pub fn seed_of_another_size(
+    name: &VolumeName,
+    file: &Path,
+    bytes: u64,
+    size: VolumeSize,
+) -> Problem {
+    Problem::harmless(
+        6532,
+        format!("the seed of {name} is not used: it has {bytes} bytes, the volume {}", size.get()),
+        "an image of another size is not an image of this disk",
+        format!("nothing; everything is sent. The seed can be removed: rm {}", file.display()),
+    )
+}
+
+/// FS-6533: it is too late for a seed.
+#[must_use]
+pub fn replica_exists(name: &VolumeName) -> Problem {
+    Problem::harmless(
+        6533,
+        format!("the volume {name} has its replica already"),
+        "a seed is the beginning of a new one",
+        "nothing; or choose another name for a new volume",
     )
 }
 

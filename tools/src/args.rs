@@ -221,6 +221,8 @@ mod tests {
             "demo --seconds 5 --size 64MiB --keep /tmp/x",
             "target init --data /srv/farshore --listen :9443",
             "target run",
+            "target seed /mnt/usb/pgdata.img --host db1 --name pgdata",
+            "protect /dev/vdb --name pgdata --seeded --start-at now",
             "token create --for db1 --address backup:9443",
             "enroll fs1.eyJhIjoi",
             "protect /dev/vdb --name pgdata --policy 30s --dry-run",

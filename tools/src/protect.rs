@@ -36,6 +36,9 @@ pub struct ProtectArgs {
     /// Memory that holds writes until they are safe at the target
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pool: Option<u64>,
+    /// The target has an image of this disk (farshore target seed): send only what differs
+    #[arg(long)]
+    seeded: bool,
     /// When the first copy starts, in steps of 30 minutes: 22:30, "2026-12-31 22:30" or now
     #[arg(long, value_name = "TIME", default_value = "now")]
     start_at: String,
@@ -112,6 +115,7 @@ pub fn protect(args: &ProtectArgs, global: &Global, out: &Out) -> Result<Exit, F
         nbd_socket: args.nbd_socket.as_deref().map(absolute),
         pool_bytes: args.pool,
         point_interval_ms: args.policy.map(Interval::millis),
+        seeded: args.seeded,
         copy_at,
     };
     let mut filterd = rpc::filterd(&paths)?;

@@ -1,13 +1,15 @@
 //! The roles a host can have, and setting them up: parses options, starts the daemons of the
 //! other crates, and keeps their log on standard error.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use farshore_agent::EnrollOptions;
 use farshore_agent::config::Config as AgentConfig;
 use farshore_blkfilter::filterd::{Phase, Shutdown};
 use farshore_extent::{Problem, VolumeName};
+use farshore_protocol::admin::{TargetReply, TargetRequest};
 use farshore_protocol::paths::Paths;
 use farshore_protocol::token::{Token, TokenError};
 use farshore_target::config::Config as TargetConfig;
@@ -16,7 +18,10 @@ use farshore_target::{InitOptions, init};
 use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
-use crate::{filterd_file, notify};
+use crate::{filterd_file, notify, rpc, units};
+
+/// Between two lines of progress.
+const TELL: Duration = Duration::from_secs(10);
 
 /// `target …`
 #[derive(Debug, Subcommand)]
@@ -32,6 +37,17 @@ pub enum TargetCommand {
         /// Further name or address under which sources reach this machine
         #[arg(long = "name", value_name = "NAME")]
         names: Vec<String>,
+    },
+    /// Begin the replica of a volume to come with an image of its disk that was carried here
+    Seed {
+        /// Raw image file or block device with the content of the disk
+        image: PathBuf,
+        /// Host that will protect it, as enrolled
+        #[arg(long, value_parser = volume_name)]
+        host: VolumeName,
+        /// Name under which it will be protected
+        #[arg(long, value_parser = volume_name)]
+        name: VolumeName,
     },
     /// Run the target daemon
     Run,
@@ -56,6 +72,7 @@ pub fn target(command: &TargetCommand, global: &Global, out: &Out) -> Result<Exi
             };
             target_init(&options, global, out)
         }
+        TargetCommand::Seed { image, host, name } => target_seed(image, (host, name), global, out),
         TargetCommand::Run => target_run(global),
     }
 }
@@ -96,6 +113,46 @@ fn target_init(options: &InitOptions, global: &Global, out: &Out) -> Result<Exit
     out.line(format!("  listens on     {}", report.listen));
     out.line(format!("  fingerprint    {}", report.fingerprint));
     out.hint("start it: farshore target run      then: farshore token create --for HOST");
+    Ok(Exit::Ok)
+}
+
+fn target_seed(
+    image: &Path,
+    (host, name): (&VolumeName, &VolumeName),
+    global: &Global,
+    out: &Out,
+) -> Result<Exit, Failure> {
+    let paths = global.paths();
+    // A daemon that is not running has nothing to say against it.
+    if let Ok(TargetReply::Status(all)) = rpc::target(&paths, &TargetRequest::Status)
+        && all.iter().any(|replica| replica.name == *name)
+    {
+        return Err(farshore_target::problem::replica_exists(name).into());
+    }
+    let mut told = Instant::now();
+    let seed = farshore_target::seed(&paths, (host, name), image, global.dry_run, |done| {
+        if told.elapsed() >= TELL {
+            told = Instant::now();
+            out.hint(format!("{} read", units::bytes(done)));
+        }
+    })?;
+    if out.json {
+        let seed = serde_json::json!({ "file": seed.file, "bytes": seed.bytes });
+        out.document("farshore.target-seed/1", "seed", &seed);
+        return Ok(Exit::Ok);
+    }
+    let size = units::bytes(seed.bytes);
+    if global.dry_run {
+        out.line(format!("would begin the replica of {name} with {size}; nothing was changed"));
+        return Ok(Exit::Ok);
+    }
+    out.line(format!("the replica of {name} will begin with {size}: {}", seed.file.display()));
+    if let Ok(TargetReply::Hosts(hosts)) = rpc::target(&paths, &TargetRequest::Hosts)
+        && !hosts.iter().any(|known| known.name == host.as_str())
+    {
+        out.hint(format!("no host {host} is enrolled yet; the name has to be exactly this"));
+    }
+    out.hint(format!("next, on {host}: farshore protect PATH --name {name} --seeded"));
     Ok(Exit::Ok)
 }
 

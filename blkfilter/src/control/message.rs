@@ -307,6 +307,8 @@ pub struct ProtectRequest {
     /// Milliseconds between points wished for when the replica is made (0 is none); none: the
     /// target's default. Kept with the volume; the target's own setting wins later.
     pub point_interval_ms: Option<u64>,
+    /// The target has an image of the disk: the first copy compares and sends what differs.
+    pub seeded: bool,
     /// When the first copy starts; none: at once.
     pub copy_at: Option<WallTime>,
 }

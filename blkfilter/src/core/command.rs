@@ -112,6 +112,20 @@ pub enum Start {
     },
 }
 
+impl Start {
+    /// The same, with nothing sent that was not compared.
+    #[must_use]
+    pub fn compared(self) -> Self {
+        match self {
+            Self::Copy { reason } => Self::Compare { reason },
+            Self::CopyPart { ranges, released, reason, .. } => {
+                Self::CopyPart { ranges, released, compare: true, reason }
+            }
+            other @ (Self::Continues { .. } | Self::Compare { .. }) => other,
+        }
+    }
+}
+
 /// A volume to attach.
 #[derive(Debug, Clone)]
 pub struct Attach {

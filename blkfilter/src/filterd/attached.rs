@@ -202,7 +202,7 @@ impl Attached {
             blocks,
             chunk,
             pool_bytes: pool.capacity(),
-            start: plan.start,
+            start: if record.seeded { plan.start.compared() } else { plan.start },
             intent: Some(IntentStart { set: plan.set, cap: ground.config.max_regions }),
         };
         let key = ground.host.attach(attach).map_err(|e| problem::refused(&e))?;

@@ -159,6 +159,7 @@ impl Service {
             nbd_socket: record.front.socket(),
             pool_bytes: Some(record.pool_bytes),
             point_interval_ms: record.point_interval_ms,
+            seeded: record.seeded,
             copy_at: None,
         };
         if let Some(problem) = self.obstacles(&request).into_iter().next() {

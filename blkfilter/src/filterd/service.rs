@@ -158,6 +158,7 @@ impl Service {
             pool_bytes: request.pool_bytes.unwrap_or(config.pool_bytes),
             point_interval_ms: request.point_interval_ms,
             copy_rate: known.as_ref().map_or(config.copy_rate, |r| r.copy_rate),
+            seeded: request.seeded || known.as_ref().is_some_and(|r| r.seeded),
             wait: request.copy_at.map(Wait::Until).or(known.as_ref().and_then(|r| r.wait)),
             size: backing.size(),
             blocks: backing.blocks(),

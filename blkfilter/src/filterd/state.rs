@@ -50,6 +50,9 @@ pub(super) struct VolumeRecord {
     pub(super) point_interval_ms: Option<u64>,
     /// Bytes a second; 0 is no limit.
     pub(super) copy_rate: u64,
+    /// The target had an image of the disk: nothing is sent without being compared.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) seeded: bool,
     /// What the copy loop waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) wait: Option<Wait>,
@@ -212,6 +215,7 @@ mod tests {
             pool_bytes: 8 << 20,
             point_interval_ms: None,
             copy_rate: 0,
+            seeded: false,
             wait: None,
             size: VolumeSize::new(1 << 20).unwrap(),
             blocks: BlockSizes::E512,

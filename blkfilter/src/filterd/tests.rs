@@ -64,6 +64,7 @@ impl World {
             pool_bytes: 8 << 20,
             point_interval_ms: None,
             copy_rate: 0,
+            seeded: false,
             wait: None,
             size: VolumeSize::new(SIZE).unwrap(),
             blocks: BlockSizes::E512,

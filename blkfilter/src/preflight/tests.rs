@@ -40,6 +40,7 @@ impl Host {
             nbd_socket: Some("/tmp/s".into()),
             pool_bytes: None,
             point_interval_ms: None,
+            seeded: false,
             copy_at: None,
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! super          four blocks: floor, base, generation        (superblock.rs, FORMAT.md)
+//! seed.img       becomes base.img when the store is made
 //! base.img       raw sparse image: the volume at `base`
 //! seg-NNNN       journal segments, ascending; the last one is open    (farshore-changelog)
 //! spare-N        prewritten files that become segments
@@ -51,6 +52,7 @@ pub use expire::{ExpireProgress, Held};
 pub use faults::Faults;
 pub use inspect::{InspectedBatch, InspectedSegment, inspect, inspect_segment};
 pub use order::{CommittedPoint, OrderedStretch, StoreEvent};
+pub(crate) use recover::SEED;
 pub use recover::{Damage, RecoveryReport};
 pub use sim_disk::{SimDisk, SimFaults};
 pub use superblock::{Super, SuperError};

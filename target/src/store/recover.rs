@@ -25,6 +25,9 @@ use super::{OpenSegment, Store, StoreConfig, StoreMeta};
 
 pub(super) const BASE: &str = "base.img";
 
+/// An image of the volume from elsewhere: the base of the store that is made in its directory.
+pub(crate) const SEED: &str = "seed.img";
+
 /// What opening a store found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RecoveryReport {
@@ -88,7 +91,7 @@ pub(super) const fn judge(evidence: Evidence) -> Judgement {
 }
 
 impl Store {
-    /// Makes a store on an empty disk and opens it.
+    /// Makes a store on an empty disk, or on one with a [`SEED`], and opens it.
     ///
     /// # Errors
     /// [`StoreError::Exists`] when there is one; [`StoreError::InUse`]; the disk's.
@@ -113,7 +116,12 @@ impl Store {
                 disk.delete(name).map_err(|e| StoreError::io(name, e))?;
             }
         }
-        let base = disk.create(BASE, FileKind::Plain).and_then(|base| {
+        let base = if names.iter().any(|n| n == SEED) {
+            disk.rename(SEED, BASE).and_then(|()| disk.open(BASE, FileKind::Plain))
+        } else {
+            disk.create(BASE, FileKind::Plain)
+        };
+        let base = base.and_then(|base| {
             base.set_len(meta.size.get())?;
             base.sync()?;
             disk.sync_dir()

@@ -300,6 +300,7 @@ impl Stage {
             nbd_socket: None,
             pool_bytes: None,
             point_interval_ms: None,
+            seeded: false,
             copy_at: None,
         };
         let best = rpc::filterd(&self.paths)?.preflight(request)?.attach;

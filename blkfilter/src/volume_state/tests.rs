@@ -139,44 +139,45 @@ fn a_block_device_in_another_boot_counts_only_when_it_is_the_same_and_nobody_has
     }
 }
 
-#[test]
-fn what_cannot_be_recorded_is_recorded_as_everything_and_recovers() {
-    #[derive(Debug)]
-    struct Flaky(FileMedium, u8);
-    impl Medium for Flaky {
-        fn read(&self) -> std::io::Result<Vec<u8>> {
-            self.0.read()
-        }
-        fn write_at(&mut self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-            // 1: no block can be written. 2: nor the first superblock. 3: nothing at all.
-            let refused = match self.1 {
-                0 => false,
-                1 => offset >= 8192,
-                2 => offset != 4096,
-                _ => true,
-            };
-            if refused {
-                Err(std::io::ErrorKind::StorageFull.into())
-            } else {
-                self.0.write_at(bytes, offset)
-            }
-        }
-        fn sync(&mut self) -> std::io::Result<()> {
-            self.0.sync()
-        }
-        fn read_ranges(&self) -> std::io::Result<Vec<u8>> {
-            self.0.read_ranges()
-        }
-        fn write_ranges(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-            self.0.write_ranges(bytes)
-        }
-        fn doubt(&mut self) -> std::io::Result<()> {
-            self.0.doubt()
-        }
-        fn trust(&mut self) {
-            self.0.trust();
+#[derive(Debug)]
+struct Flaky(FileMedium, u8);
+impl Medium for Flaky {
+    fn read(&self) -> std::io::Result<Vec<u8>> {
+        self.0.read()
+    }
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        // 1: no block can be written. 2: nor the first superblock. 3: nothing at all.
+        let refused = match self.1 {
+            0 => false,
+            1 => offset >= 8192,
+            2 => offset != 4096,
+            _ => true,
+        };
+        if refused {
+            Err(std::io::ErrorKind::StorageFull.into())
+        } else {
+            self.0.write_at(bytes, offset)
         }
     }
+    fn sync(&mut self) -> std::io::Result<()> {
+        self.0.sync()
+    }
+    fn read_ranges(&self) -> std::io::Result<Vec<u8>> {
+        self.0.read_ranges()
+    }
+    fn write_ranges(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.write_ranges(bytes)
+    }
+    fn doubt(&mut self) -> std::io::Result<()> {
+        self.0.doubt()
+    }
+    fn trust(&mut self) {
+        self.0.trust();
+    }
+}
+
+#[test]
+fn what_cannot_be_recorded_is_recorded_as_everything_and_recovers() {
     let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let geometry = geometry(40);
     let medium = || FileMedium::new(dir.path(), "v").with_note(run.path());

@@ -20,6 +20,8 @@ struct File {
     resync_window: Option<String>,
     /// So much never waits for the window.
     resync_at_once: Option<ByteSize>,
+    /// How much of a volume may be marked as written lately; so much is compared after a crash.
+    intent_max: Option<ByteSize>,
     /// Queues of a block device.
     queues: Option<u16>,
     /// At a stop: how long clients may take to finish.
@@ -57,6 +59,8 @@ pub fn parse(text: &str, name: &str, paths: &Paths) -> Result<Config, Problem> {
             Problem::harmless(CODE_VALUE, what, why, "correct the value and start again")
         })?;
     }
+    let regions = |v: ByteSize| v.bytes().div_ceil(config.region).max(1);
+    file.intent_max.map(regions).into_iter().for_each(|v| config.max_regions = v);
     file.queues.into_iter().for_each(|v| config.queues = v);
     file.client_grace.into_iter().for_each(|v| config.client_grace = v.duration());
     file.release_grace.into_iter().for_each(|v| config.release_grace = v.duration());
@@ -109,6 +113,9 @@ mod tests {
         let config = parse(text, "filterd.toml", &paths).unwrap();
         assert_eq!((config.pool_bytes, config.copy_rate), (64 << 20, 40 << 20));
         assert_eq!(config.access.uids, [0, 1000]);
+        assert_eq!(config.max_regions, 1024);
+        let few = parse("intent_max = \"50MiB\"", "filterd.toml", &paths).unwrap();
+        assert_eq!(few.max_regions, 4);
         assert_eq!(config.control_socket, paths.filterd_socket());
         let wrong = parse("poool = \"64MiB\"", "filterd.toml", &paths).unwrap_err();
         assert!(wrong.next.contains("pool"), "{}", wrong.next);

@@ -79,15 +79,25 @@ pub fn start_udev() {
     run("udevadm", &["settle"]);
 }
 
+/// A file of the folder shared with the host, `Machine::out` there. What is written to it survives a
+/// cut.
+pub fn shared(name: &str) -> PathBuf {
+    Path::new(OUT).join(name)
+}
+
 /// Tells the host something: `Machine::wait_signal` sees it.
 pub fn signal(name: &str) {
-    fs::write(Path::new(OUT).join(format!("signal-{name}")), b"").expect("signal");
+    fs::write(shared(&format!("signal-{name}")), b"").expect("signal");
+}
+
+/// Whether the host has told it.
+pub fn signalled(name: &str) -> bool {
+    shared(&format!("signal-{name}")).exists()
 }
 
 /// Waits for `Machine::signal`.
 pub fn wait_signal(name: &str, limit: Duration) {
-    let file = Path::new(OUT).join(format!("signal-{name}"));
-    wait_for(&format!("the signal {name}"), limit, || file.exists().then_some(()));
+    wait_for(&format!("the signal {name}"), limit, || signalled(name).then_some(()));
 }
 
 /// Stays until the power is cut.

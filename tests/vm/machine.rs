@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use farshore::nbd_client::NbdClient;
+
 use crate::guest;
 use crate::harness::{pause, wait_for};
 use crate::image::{Cache, Disk, Kernel, SCRATCH, disk_image};
@@ -20,12 +22,59 @@ const GRACE: Duration = Duration::from_secs(30);
 pub struct Spec<'a> {
     pub kernel: &'a Kernel,
     pub disks: &'a [Disk],
-    /// This machine's end of a cable between two: socket folder, own side (0 or 1), address.
-    pub cable: Option<(&'a Path, usize, &'a str)>,
+    pub network: Network<'a>,
     pub memory_mib: u32,
     pub cpus: u8,
     /// With systemd as its first process: the shell script that sets its root up before.
     pub systemd: Option<&'a str>,
+}
+
+/// What its network card is joined to.
+#[derive(Clone, Copy, Debug)]
+pub enum Network<'a> {
+    Nothing,
+    /// Another machine: folder of the sockets, own side (0 or 1), own address.
+    Cable(&'a Path, usize, &'a str),
+    /// The host, and nothing else: its loopback address is `HOST` in the machine, and this port of it
+    /// leads to `FORWARDED` in the machine.
+    Host(u16),
+}
+
+/// The host, for a machine that is joined to it.
+pub const HOST: &str = "10.0.2.2";
+/// The port of a machine that the host reaches.
+pub const FORWARDED: u16 = 10809;
+/// Of a machine that is joined to the host. It has no route to anywhere else.
+const BESIDE_HOST: &str = "10.0.2.15/24";
+
+impl<'a> Network<'a> {
+    const fn address(self) -> Option<&'a str> {
+        match self {
+            Self::Nothing => None,
+            Self::Cable(_, _, address) => Some(address),
+            Self::Host(_) => Some(BESIDE_HOST),
+        }
+    }
+
+    fn attach(self, qemu: &mut Command) {
+        let (backend, side) = match self {
+            Self::Nothing => return,
+            Self::Cable(ends, side, _) => {
+                let [own, other] = [side, 1 - side].map(|s| ends.join(format!("net{s}")));
+                // A machine that was cut leaves its end behind.
+                fs::remove_file(&own).ok();
+                let ends = [("local", own), ("remote", other)]
+                    .map(|(end, path)| format!(",{end}.type=unix,{end}.path={}", path.display()));
+                (format!("dgram,id=n{}", ends.concat()), side)
+            }
+            Self::Host(port) => {
+                let forward = format!("hostfwd=tcp:127.0.0.1:{port}-:{FORWARDED}");
+                (format!("user,id=n,ipv6=off,{forward}"), 0)
+            }
+        };
+        let card = format!("virtio-net-pci,netdev=n,romfile=,mac=52:54:00:00:00:0{}", side + 1);
+        qemu.args(["-netdev", &backend, "-device", &card]);
+    }
 }
 
 /// A running machine. Dropping it cuts its power.
@@ -36,7 +85,7 @@ pub struct Machine {
     /// Kept for the reader of a failure: console.log and what the steps said.
     dir: PathBuf,
     /// Sockets need short paths.
-    _sockets: tempfile::TempDir,
+    sockets: tempfile::TempDir,
     steps: u32,
 }
 
@@ -82,7 +131,7 @@ impl Machine {
             append += " TERM=dumb systemd.show_status=1 systemd.condition-needs-update=0";
             append += " systemd.unit=farshore-test.target";
         }
-        if let Some((_, _, address)) = spec.cable {
+        if let Some(address) = spec.network.address() {
             append += &format!(" farshore.address={address}");
         }
         let mut qemu = command("qemu-system-x86_64");
@@ -112,22 +161,11 @@ impl Machine {
         for disk in scratch.chain(spec.disks.iter().copied()) {
             caches.extend(attach(&mut qemu, dir, sockets.path(), &disk));
         }
-        if let Some((ends, side, _)) = spec.cable {
-            let [own, other] = [side, 1 - side].map(|s| ends.join(format!("net{s}")));
-            // A machine that was cut leaves its end behind.
-            fs::remove_file(&own).ok();
-            qemu.arg("-netdev").arg(format!(
-                "dgram,id=n,local.type=unix,local.path={},remote.type=unix,remote.path={}",
-                own.display(),
-                other.display()
-            ));
-            qemu.arg("-device")
-                .arg(format!("virtio-net-pci,netdev=n,romfile=,mac=52:54:00:00:00:0{}", side + 1));
-        }
+        spec.network.attach(&mut qemu);
         let said = fs::File::create(dir.join("qemu.log")).expect("qemu.log");
         qemu.stdout(said.try_clone().expect("qemu.log")).stderr(said);
         let qemu = qemu.spawn().map_err(|e| format!("setpriv: {e}"))?;
-        let mut machine = Self { qemu, caches, dir: dir.to_owned(), _sockets: sockets, steps: 0 };
+        let mut machine = Self { qemu, caches, dir: dir.to_owned(), sockets, steps: 0 };
         machine.wait_file("ready", "the end of the boot", Instant::now() + BOOT_LIMIT)?;
         Ok(machine)
     }
@@ -135,6 +173,12 @@ impl Machine {
     /// The folder it shares with the host, `/vm/out` inside.
     pub fn out(&self) -> PathBuf {
         self.dir.join("out")
+    }
+
+    /// The NBD export of a disk with a volatile cache: what the machine would read, and a flush that it
+    /// has not asked for.
+    pub fn disk(&self, disk: &Disk) -> std::io::Result<NbdClient> {
+        NbdClient::connect(&self.sockets.path().join(disk.name), "")
     }
 
     /// Starts a shell script in the machine; returns without waiting for it. A step begins when
@@ -187,6 +231,14 @@ impl Machine {
     pub fn log(&self, step: &Step) -> String {
         let log = fs::read(self.out().join(format!("{}.log", step.number))).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()
+    }
+
+    /// A step that should go on does.
+    pub fn check_running(&mut self, step: &Step) -> Result<(), String> {
+        if self.out().join(format!("{}.rc", step.number)).exists() {
+            return Err(format!("{} has ended\n{}", step.name, self.log(step)));
+        }
+        self.check_alive(&step.name)
     }
 
     /// Tells the running step something: `guest::wait_signal` sees it.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::image::{Disk, Kernel};
-use crate::machine::{Machine, Spec};
+use crate::machine::{Machine, Network, Spec};
 use crate::{Case, Group, Scenario, cases, guest};
 
 /// Kernel of Debian's stable release.
@@ -69,7 +69,8 @@ impl Lab {
 
     fn spec(&self) -> Spec<'_> {
         let (kernel, cpus, memory_mib) = (&self.kernel, self.cpus, MEMORY_MIB);
-        Spec { kernel, disks: &[], cable: None, memory_mib, cpus, systemd: None }
+        let network = Network::Nothing;
+        Spec { kernel, disks: &[], network, memory_mib, cpus, systemd: None }
     }
 
     /// Boots one of two machines that a cable joins; `side` is 0 or 1, `address` its own, with the
@@ -81,8 +82,20 @@ impl Lab {
         side: usize,
         address: &str,
     ) -> Result<Machine, String> {
-        let cable = Some((self.sockets.path(), side, address));
-        Machine::boot(&self.dir.join(name), &Spec { disks, cable, ..self.spec() })
+        let network = Network::Cable(self.sockets.path(), side, address);
+        Machine::boot(&self.dir.join(name), &Spec { disks, network, ..self.spec() })
+    }
+
+    /// Boots a machine that reaches the host's loopback address as `machine::HOST`, and which the
+    /// host reaches by `port`.
+    pub fn boot_beside_host(
+        &self,
+        name: &str,
+        disks: &[Disk],
+        port: u16,
+    ) -> Result<Machine, String> {
+        let network = Network::Host(port);
+        Machine::boot(&self.dir.join(name), &Spec { disks, network, ..self.spec() })
     }
 }
 

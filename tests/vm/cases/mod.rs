@@ -20,6 +20,7 @@ mod ratios;
 mod readme;
 mod selftest;
 mod slow_disk;
+mod source_cut;
 mod systemd;
 mod torture;
 mod ublk_front;
@@ -62,6 +63,7 @@ pub const SCENARIOS: &[Scenario] = &[
     power::SCENARIO,
     readme::SCENARIO,
     selftest::SCENARIO,
+    source_cut::SCENARIO,
     systemd::SCENARIO,
     torture::SCENARIO,
 ];
@@ -73,6 +75,7 @@ pub const STEPS: &[(&str, &[Case])] = &[
     ("kernel_nbd", kernel_nbd::STEPS),
     ("power", power::STEPS),
     ("selftest", selftest::STEPS),
+    ("source_cut", source_cut::STEPS),
     ("systemd", systemd::STEPS),
     ("torture", torture::STEPS),
     ("ublk_front", ublk_front::STEPS),

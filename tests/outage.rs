@@ -5,13 +5,15 @@
 mod harness;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use farshore::disk::Place;
 use farshore::ledger::{Bounds, Instant, Ledger, Running, Workload};
 use farshore::nbd_client::NbdClient;
-use farshore_extent::PairState;
-use farshore_protocol::admin::{AgentVolume, PointChoice, PointInfo, SpoolLevel};
+use farshore_blkfilter::control::{Client, MarkerPlaced, MarkerRequest};
+use farshore_extent::{CaptureOrder, GroupId, MarkerId, PairState, PointKind, WallTime};
+use farshore_protocol::admin::{AgentVolume, PointChoice, PointInfo, SpoolLevel, ViewInfo};
 use harness::{Site, assert_same_bytes, pause, wait_for};
 
 const SIZE: u64 = 32 << 20;
@@ -30,7 +32,12 @@ fn protect(site: &Site) -> std::path::PathBuf {
 }
 
 fn load(site: &Site, bytes_per_second: u64) -> (Arc<Ledger>, Running) {
-    let ledger = Arc::new(Ledger::new(0, SIZE));
+    load_at(site, SIZE, bytes_per_second)
+}
+
+/// Writes to the first `len` bytes.
+fn load_at(site: &Site, len: u64, bytes_per_second: u64) -> (Arc<Ledger>, Running) {
+    let ledger = Arc::new(Ledger::new(0, len));
     let workload = Workload {
         place: Place::Nbd { socket: site.paths.run.join("nbd/disk.sock"), export: "disk".into() },
         writers: 2,
@@ -56,16 +63,21 @@ fn prove<'a>(site: &Site, ledger: &Ledger, points: impl Iterator<Item = &'a Poin
     let mut proven = 0;
     for point in points {
         let view = site.open("disk", PointChoice::Id(point.point));
-        let mut client = NbdClient::connect(&view.nbd_socket, &view.export).expect("it answers");
-        let checked = ledger.check(|offset, to| client.read_at(offset, to), Bounds::ANY);
-        if let Err(why) = checked {
-            panic!("the point at {} is wrong: {why}\n{}", point.lsn, site.logs());
-        }
-        drop(client);
-        site.close(&view);
+        prove_view(site, ledger, &view);
         proven += 1;
     }
     proven
+}
+
+/// Proves that the view is a cut of the ledger, and closes it.
+fn prove_view(site: &Site, ledger: &Ledger, view: &ViewInfo) {
+    let mut client = NbdClient::connect(&view.nbd_socket, &view.export).expect("it answers");
+    let checked = ledger.check(|offset, to| client.read_at(offset, to), Bounds::ANY);
+    if let Err(why) = checked {
+        panic!("what is shown at {} is wrong: {why}\n{}", view.lsn, site.logs());
+    }
+    drop(client);
+    site.close(view);
 }
 
 /// The newest state arrives and is what the source holds.
@@ -141,7 +153,8 @@ fn a_full_spool_gives_up_order_says_so_and_points_come_back() {
     let image = protect(&site);
     assert!(agent.stop().success());
     let file = site.paths.etc.join("agent.toml");
-    std::fs::write(&file, "spool_max = \"12MiB\"\n").expect("agent.toml");
+    // Too small to merge anything in it.
+    std::fs::write(&file, "spool_max = \"4MiB\"\n").expect("agent.toml");
     let agent = site.start_agent();
     let (ledger, running) = load(&site, 6 * MIB);
     let before = site.tag("disk", "before");
@@ -174,6 +187,91 @@ fn a_full_spool_gives_up_order_says_so_and_points_come_back() {
     for what in ["FS-5212", "FS-3103", "changes go to the spool", "in order: points are cut"] {
         assert!(told.contains(what), "{what} is not in\n{told}");
     }
+}
+
+fn filterd(site: &Site) -> Client {
+    Client::connect(&site.paths.filterd_socket()).expect("filterd answers")
+}
+
+/// Whether `filterd` has captured every change in order.
+fn captured_in_order(site: &Site) -> bool {
+    let volumes = filterd(site).list().expect("filterd lists its volumes");
+    volumes.iter().all(|v| v.order == CaptureOrder::Ordered)
+}
+
+/// Cuts a named point as an agent does.
+fn name_a_point(site: &Site, name: &str) -> MarkerPlaced {
+    let request = MarkerRequest {
+        marker: MarkerId::random(),
+        volumes: Vec::new(),
+        kind: PointKind::Crash,
+        group: GroupId::NIL,
+        name: name.into(),
+        pending: false,
+    };
+    filterd(site).marker(request).expect("the marker is cut")
+}
+
+#[test]
+fn points_are_merged_before_the_spool_is_full_and_order_is_kept() {
+    const LIMIT: u64 = 48 * MIB;
+    let site = Site::new();
+    let harness::Daemons { target, filterd: _filterd, agent } = site.start_all();
+    let image = protect(&site);
+    assert!(agent.stop().success());
+    std::fs::write(site.paths.etc.join("agent.toml"), "spool_max = \"48MiB\"\n")
+        .expect("agent.toml");
+    let agent = site.start_agent();
+    // The same four MiB again and again: what they hold fits, what happened to them does not.
+    let (ledger, running) = load_at(&site, 4 * MIB, 5 * MIB);
+    let before = site.tag("disk", "before");
+    target.kill();
+    let merged = |v: &AgentVolume| v.spool.merged.is_some();
+    wait_for(&format!("points to be merged\n{}", site.logs()), LONG, || {
+        volume(&site).filter(merged)
+    });
+    let named = name_a_point(&site, "named");
+    // The agent is killed while it merges; what it had merged stays.
+    agent.kill();
+    let _agent = site.start_agent();
+    let since = running.bytes.load(Ordering::Relaxed);
+    let told = wait_for("all the room to be written once more", 2 * LONG, || {
+        let written = running.bytes.load(Ordering::Relaxed) - since;
+        volume(&site).filter(|v| merged(v) && written > LIMIT)
+    });
+    let problem = told.spool.problem.expect("it is told");
+    assert_eq!(problem.code.0, 5215, "{problem:?}\n{}", site.logs());
+    assert!(told.spool.bytes <= LIMIT, "{} bytes are spooled", told.spool.bytes);
+    assert!(captured_in_order(&site), "order was given up\n{}", site.logs());
+    let _target = site.start_target();
+    wait_for("the spool to be sent", LONG, || volume(&site).filter(|v| v.spool.bytes == 0));
+    assert!(captured_in_order(&site), "order was given up\n{}", site.logs());
+    let after = site.tag("disk", "after");
+    let stats = running.finish().expect("no write failed");
+    assert_eq!(stats.errors, 0);
+
+    let points = site.points("disk");
+    let inside: Vec<_> =
+        points.iter().filter(|p| p.lsn > before.lsn && p.lsn < after.lsn).collect();
+    assert!(inside.iter().any(|p| p.lsn == named.lsn), "a named point is gone\n{}", site.logs());
+    let step = (inside.len() / 10).max(1);
+    let proven = prove(&site, &ledger, inside.iter().copied().step_by(step));
+    assert!(proven >= 3, "{proven} of {} points were proven\n{}", inside.len(), site.logs());
+    // Any moment is refused, as part of a merged stretch, or shown as it was.
+    let mut refused = 0;
+    for part in 1..20i64 {
+        let nanos = (after.time.nanos() - before.time.nanos()) / 20 * part;
+        let time = WallTime::from_nanos(before.time.nanos() + nanos);
+        match site.try_open("disk", PointChoice::Time(time)) {
+            Ok(view) => prove_view(&site, &ledger, &view),
+            Err(problem) => {
+                assert_eq!(problem.code.0, 6012, "{problem:?}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0, "nothing is refused, {} points\n{}", inside.len(), site.logs());
+    prove_end(&site, &ledger, &image);
 }
 
 #[test]

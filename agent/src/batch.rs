@@ -12,7 +12,7 @@ use farshore_changelog::{
     BatchBuilder, BatchContext, EncodedBatch, EpochStart, HashPurpose, Marker, MarkerState, Record,
     RecordBody,
 };
-use farshore_extent::{Epoch, Extent, Lsn, Problem, SECTOR, Seq, VolumeId};
+use farshore_extent::{Chain, Epoch, Extent, Lsn, Problem, SECTOR, Seq, VolumeId};
 
 use crate::session::{FeedFailure, Resume};
 
@@ -172,6 +172,11 @@ impl Feed {
     #[must_use]
     pub const fn border(&self) -> Resume {
         self.resume
+    }
+
+    /// The next batch follows a history with this chain.
+    pub const fn set_chain(&mut self, chain: Chain) {
+        self.resume.chain = chain;
     }
 
     /// Whether records wait for [`Self::finish`].

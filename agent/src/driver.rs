@@ -318,6 +318,9 @@ impl Driver {
                 // A few milliseconds at most every 5 s; nothing else may happen in between.
                 tokio::task::block_in_place(|| self.memory.set(volume, memory))
                     .map_err(|problem| LinkFailure { problem, retry: true })?;
+                if let Some(intake) = self.intakes.get(&volume) {
+                    intake.remembered(memory);
+                }
             }
         }
         Ok(())

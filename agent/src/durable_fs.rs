@@ -18,7 +18,6 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// Of any step; the old content is then still there, or the new is complete.
-#[allow(clippy::disallowed_methods)] // the one place that syncs the directory after it
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(".new");
@@ -31,7 +30,17 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    std::fs::rename(&beside, path)?;
+    put_in_place(&beside, path)
+}
+
+/// Gives `beside`, which is durable and in the same directory, the name `path`: a crash leaves the
+/// file that had it, or this one.
+///
+/// # Errors
+/// Of either step; which of the two is there is then not known.
+#[allow(clippy::disallowed_methods)] // the one place that syncs the directory after it
+pub fn put_in_place(beside: &Path, path: &Path) -> io::Result<()> {
+    std::fs::rename(beside, path)?;
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(dir)?.sync_all()
 }

@@ -64,6 +64,8 @@ struct Wanted {
     durable: Lsn,
     /// Durable at the target.
     trim: Lsn,
+    /// Durable on this host, too.
+    remembered: Option<VolumeMemory>,
     exit: bool,
 }
 
@@ -174,6 +176,11 @@ impl Intake {
         let mut wanted = self.cell.lock();
         wanted.trim = wanted.trim.max(upto);
     }
+
+    /// This was made durable: what the spool holds before it is not needed any more.
+    pub fn remembered(&self, memory: VolumeMemory) {
+        self.cell.lock().remembered = Some(memory);
+    }
 }
 
 impl Drop for Intake {
@@ -262,14 +269,17 @@ impl Worker {
         self.keeper.open(&mut self.supply);
         self.supply.begin(memory);
         loop {
-            let (order, pulls, trim) = {
-                let wanted = self.cell.lock();
+            let (order, pulls, trim, remembered) = {
+                let mut wanted = self.cell.lock();
                 if wanted.exit {
                     break;
                 }
-                (wanted.order.clone(), wanted.pulls, wanted.trim)
+                (wanted.order.clone(), wanted.pulls, wanted.trim, wanted.remembered.take())
             };
             self.supply.trim(trim);
+            if let Some(memory) = remembered {
+                self.supply.remembered(memory);
+            }
             let turn = self.obey(order.as_ref()).and_then(|()| self.turn(order.is_some(), pulls));
             match turn {
                 Ok(true) => {}
@@ -337,7 +347,8 @@ impl Worker {
         if self.keeper.sync_is_due(&self.supply) {
             self.keep();
         }
-        Ok(handed || hungry || self.supply.is_spooling())
+        let merging = self.keeper.merge(&mut self.supply);
+        Ok(handed || hungry || merging || self.supply.is_spooling())
     }
 
     /// Makes what was spooled durable, then lets `filterd` forget it: in this order.

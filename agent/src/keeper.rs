@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use farshore_blkfilter::control::{VolumeInfo, VolumeStatus};
 use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName};
-use farshore_protocol::admin::{SpoolInfo, SpoolLevel};
+use farshore_protocol::admin::{MergedPoints, SpoolInfo, SpoolLevel};
 
-use crate::limits::{FETCH_IDLE, SPOOL_RETRY, SPOOL_SYNC, SPOOL_SYNC_BYTES, STREAMING_FOR};
+use crate::limits::{
+    FETCH_IDLE, MERGE_SLICE, SPOOL_NEARLY_FULL, SPOOL_RETRY, SPOOL_SEGMENTS, SPOOL_SYNC,
+    SPOOL_SYNC_BYTES, STREAMING_FOR,
+};
 use crate::problem;
-use crate::spool::{FolderDisk, SEGMENT_BYTES, Spool, SpoolFaults, SpoolOwner};
+use crate::spool::{FolderDisk, Merged, SEGMENT_BYTES, Spool, SpoolFaults, SpoolOwner, room_for};
 use crate::supply::{Pressure, Supply};
 
 /// What the spool of a volume is doing, for status.
@@ -52,8 +55,8 @@ impl Budget {
         self.percent.load(Ordering::Relaxed) > 0
     }
 
-    /// Bytes the spools may still take.
-    fn room(&self) -> io::Result<u64> {
+    /// Bytes the spools may still take, and may take altogether.
+    fn room(&self) -> io::Result<(u64, u64)> {
         let disk = nix::sys::statvfs::statvfs(&self.dir)?;
         let unit = disk.fragment_size();
         let total = disk.blocks().saturating_mul(unit);
@@ -62,7 +65,7 @@ impl Budget {
         let limit = share.min(self.bytes.load(Ordering::Relaxed));
         let left = limit.saturating_sub(self.used.load(Ordering::Relaxed));
         // Others live on this disk, too: the last fiftieth is theirs.
-        Ok(left.min(free.saturating_sub(total / 50)))
+        Ok((left.min(free.saturating_sub(total / 50)), limit))
     }
 }
 
@@ -76,6 +79,10 @@ pub struct Keeper {
     /// After a failure nothing is written until then.
     rests_until: Option<Instant>,
     full: bool,
+    nearly_full: bool,
+    /// Bytes the spool might still take when that was looked at.
+    room: u64,
+    merged: Option<MergedPoints>,
     unsynced_since: Option<Instant>,
     handed: Option<Instant>,
     counted: u64,
@@ -95,6 +102,9 @@ impl Keeper {
             problem: None,
             rests_until: None,
             full: false,
+            nearly_full: false,
+            room: 0,
+            merged: None,
             unsynced_since: None,
             handed: None,
             counted: 0,
@@ -117,8 +127,11 @@ impl Keeper {
             return;
         }
         let dir = self.dir();
-        let opened = FolderDisk::new(&dir)
-            .and_then(|disk| Spool::open(disk, self.owner, SpoolFaults::default()));
+        let opened = FolderDisk::new(&dir).and_then(|disk| {
+            let (_, limit) = self.budget.room()?;
+            self.owner.segment_bytes = segment_bytes(limit);
+            Spool::open(disk, self.owner, SpoolFaults::default())
+        });
         match opened {
             Ok(spool) => supply.attach(spool),
             Err(e) => self.rest(&e),
@@ -133,7 +146,7 @@ impl Keeper {
         volumes: &[VolumeStatus],
     ) -> io::Result<()> {
         let Some(status) = volumes.iter().find(|v| v.info.volume == volume) else { return Ok(()) };
-        if self.rests_until.is_some_and(|until| until > Instant::now()) {
+        if self.is_resting() {
             return Ok(());
         }
         // Nothing leaves the pool before the sync: often enough for a small one.
@@ -152,16 +165,22 @@ impl Keeper {
             }
         }
         self.count(supply.spool_bytes());
-        let room = self.budget.room()?;
+        let (room, limit) = self.budget.room()?;
+        self.room = room;
+        // Ends when a quarter is free again: not for each segment anew.
+        let part = if self.nearly_full { SPOOL_NEARLY_FULL - 1 } else { SPOOL_NEARLY_FULL };
+        self.nearly_full = room < limit / part;
         // Begins again only when a quarter of a segment is free: not for each batch anew.
-        let needed = if self.full { SEGMENT_BYTES / 4 } else { 0 };
+        let needed = if self.full { self.owner.segment_bytes / 4 } else { 0 };
+        // What is merged is written beside the rest: that room is not for new changes.
+        let room = room.saturating_sub(room_for(self.owner.segment_bytes).min(limit / 8));
         let full = half && room <= needed;
         if full && !self.full {
             let used = supply.spool_bytes();
             self.tell(problem::spool_full(self.name.as_str(), &self.budget.dir, used));
         }
         self.full = full || (self.full && half);
-        let streaming = self.handed.is_some_and(|at| at.elapsed() < STREAMING_FOR);
+        let streaming = self.is_streaming();
         supply.decide(&Pressure {
             pool_used: status.pool_used,
             pool_bytes: status.pool_bytes,
@@ -170,6 +189,33 @@ impl Keeper {
             streaming,
             room: if full { 0 } else { room },
         })
+    }
+
+    fn is_streaming(&self) -> bool {
+        self.handed.is_some_and(|at| at.elapsed() < STREAMING_FOR)
+    }
+
+    fn is_resting(&self) -> bool {
+        self.rests_until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// Merges points for a moment, when the spool is nearly full and nothing is sent from it. Whether
+    /// there is more to do.
+    pub(crate) fn merge(&mut self, supply: &mut Supply<FolderDisk>) -> bool {
+        if !self.nearly_full || self.is_streaming() || self.is_resting() {
+            return false;
+        }
+        let begun = Instant::now();
+        loop {
+            match supply.merge(self.room) {
+                Ok(true) if begun.elapsed() < MERGE_SLICE => {}
+                Ok(more) => return more,
+                Err(error) => {
+                    self.rest(&error);
+                    return false;
+                }
+            }
+        }
     }
 
     fn count(&mut self, bytes: u64) {
@@ -229,7 +275,7 @@ impl Keeper {
     /// The state, when it is worth telling: at once when the level changes, else once a second.
     pub(crate) fn news(&mut self, supply: &Supply<FolderDisk>) -> Option<SpoolState> {
         self.count(supply.spool_bytes());
-        let resting = self.rests_until.is_some_and(|until| until > Instant::now());
+        let resting = self.is_resting();
         if !resting && !self.full {
             self.problem = None;
         }
@@ -240,11 +286,23 @@ impl Keeper {
             (false, 0) => SpoolLevel::Direct,
             (false, _) => SpoolLevel::Draining,
         };
+        let merged = supply.merged();
+        let merged = merged.map(|Merged { points, from, to }| MergedPoints { points, from, to });
+        let merging = merged.map(|m| problem::points_merged(self.name.as_str(), &m));
+        if let (Some(problem), None) = (&merging, self.merged) {
+            let (why, next) = (&problem.why, &problem.next);
+            tracing::warn!(volume = %self.name, %problem, why, next, "the spool is nearly full");
+        }
+        if let (Some(MergedPoints { points, .. }), None) = (self.merged, merged) {
+            tracing::info!(volume = %self.name, points, "what was merged has been sent");
+        }
+        self.merged = merged;
         let state = SpoolState {
             level,
             bytes: supply.spool_bytes(),
             since: supply.spool_since(),
-            problem: self.problem.clone(),
+            problem: self.problem.clone().or(merging),
+            merged,
         };
         let stale = |(at, told): &(Instant, SpoolState)| {
             *told != state && (told.level != level || at.elapsed() >= Duration::from_secs(1))
@@ -264,6 +322,12 @@ impl Drop for Keeper {
     fn drop(&mut self) {
         self.count(0);
     }
+}
+
+/// Segments of a small spool are small, so that one can be written beside the others.
+fn segment_bytes(limit: u64) -> u64 {
+    const SMALLEST: u64 = 1 << 20;
+    (limit / SPOOL_SEGMENTS).clamp(SMALLEST, SEGMENT_BYTES)
 }
 
 /// Whether the folder lies on this protected volume: a write to it would make another one.

@@ -92,7 +92,8 @@ fn remove(dir: &Path) -> io::Result<u64> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().to_str().is_some_and(|name| name.starts_with("seg-")) {
+        let ours = |name: &str| name.starts_with("seg-") || name.starts_with("sent-");
+        if entry.file_name().to_str().is_some_and(ours) {
             bytes += entry.metadata()?.len();
             std::fs::remove_file(entry.path())?;
         }
@@ -136,6 +137,7 @@ mod tests {
         let spool = dir.path().join(id(3).to_string());
         std::fs::create_dir(&spool).unwrap();
         std::fs::write(spool.join("seg-0000000000000001"), [0; 4096]).unwrap();
+        std::fs::write(spool.join("sent-0000000000000001"), "").unwrap();
         std::fs::write(spool.join("notes"), "of a person").unwrap();
         assert_eq!(folders(dir.path()), [id(3)]);
         assert!(remove(&spool).is_err());

@@ -3,7 +3,7 @@
 //! Ceiling: the window (configured, 64 MiB) + for each volume one batch that exceeds it, the
 //! batches being built ahead and the builder's buffers: at most
 //! `(1 + PULLS_AHEAD) x 2.3 MiB + 3 MiB`, about 10 MiB and in practice 3; while it spools what is
-//! not synced yet, [`SPOOL_SYNC_BYTES`] and one batch.
+//! not synced yet, [`SPOOL_SYNC_BYTES`] and one batch; while points are merged 16 MiB and two batches.
 
 use std::time::Duration;
 
@@ -79,6 +79,16 @@ pub const SPOOL_RETRY: Duration = Duration::from_secs(10);
 
 /// A target that took a batch this long ago is not away.
 pub const STREAMING_FOR: Duration = Duration::from_secs(2);
+
+/// Points are merged while less than this part of what the spool may take is left: above 80 %.
+pub const SPOOL_NEARLY_FULL: u64 = 5;
+
+/// A segment of the spool is at most this part of what the spool may take: what is merged is
+/// written beside the old.
+pub const SPOOL_SEGMENTS: u64 = 32;
+
+/// Longest time at once that is spent with merging, before records are taken again.
+pub const MERGE_SLICE: Duration = Duration::from_millis(10);
 
 /// Share of its disk that the spool may take, in percent: literal rule 4 of the goals.
 pub const SPOOL_PERCENT: u8 = 50;

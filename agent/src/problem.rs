@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use farshore_extent::{Problem, VolumeName};
+use farshore_protocol::admin::MergedPoints;
 
 const BEHIND: &str =
     "none for the disk; the replica falls behind, and changes wait on this host until then";
@@ -216,6 +217,24 @@ pub fn spool_full(volume: &str, dir: &Path, bytes: u64) -> Problem {
         "none for the disk; once the capture pool is full as well, points stop until what changed \
          has been copied",
     )
+}
+
+/// FS-5215: points were merged.
+#[must_use]
+pub fn points_merged(volume: &str, merged: &MergedPoints) -> Problem {
+    let MergedPoints { points, from, to } = merged;
+    let span = to.since(*from).as_secs();
+    Problem::harmless(
+        5215,
+        format!("points of volume {volume} in the spool were merged"),
+        format!(
+            "the spool is nearly full: {points} points of a stretch of {span} s made room for newer \
+             changes; some in between remain"
+        ),
+        "get the target back. For outages as long as this one with every point, give the spool a \
+         larger disk, or raise spool_percent or spool_max in agent.toml",
+    )
+    .with_risk("none for the disk or the newest state; the history of the outage is coarser")
 }
 
 /// FS-5213: the spool lies on what is being captured.

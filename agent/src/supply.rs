@@ -4,10 +4,12 @@
 //! ```text
 //! durable at the target | spool on disk | recent: in memory | feed: pool of filterd
 //! ```
-//! A batch is built once and keeps its bytes. While the volume is not spooling, `recent` holds
-//! what the session has in its window; when spooling begins, exactly these batches are written
-//! first, so the spool continues what the target may have received. `filterd` is told that a
-//! record may leave the pool only after the sync of the spool.
+//! A batch is built once and keeps its bytes, unless points of an outage have to be merged: what
+//! lies behind a merged stretch is chained anew when it is handed out, and keeps its bytes from then
+//! on. While the volume is not spooling, `recent` holds what the session has in its window; when
+//! spooling begins, exactly these batches are written first, so the spool continues what the target
+//! may have received. `filterd` is told that a record may leave the pool only after the sync of the
+//! spool.
 //!
 //! Does no I/O but that of the spool's disk; the intake thread and the simulator drive it.
 
@@ -20,7 +22,7 @@ use farshore_extent::{Generation, Lsn, Seq, VolumeId, WallTime};
 
 use crate::batch::{Feed, FeedOptions};
 use crate::session::{Resume, VolumeMemory};
-use crate::spool::{Border, Cursor, ReadError, Spool, SpoolDisk, SpoolFaults};
+use crate::spool::{Border, Cursor, Merged, ReadError, Spool, SpoolDisk, SpoolFaults};
 
 /// How full the pool is, and what the volume is doing: what the decision to spool needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +59,8 @@ pub struct Supply<D> {
     recent: VecDeque<Recent>,
     /// How many of `recent` were handed out; 0 while `reading`.
     handed: usize,
+    /// The border behind what was handed out last, as the target knows it.
+    sent: Option<Border>,
     feed: Option<Feed>,
     spooling: bool,
 }
@@ -78,6 +82,7 @@ impl<D: SpoolDisk> Supply<D> {
             reading: None,
             recent: VecDeque::new(),
             handed: 0,
+            sent: None,
             feed: None,
             spooling: false,
         }
@@ -89,9 +94,7 @@ impl<D: SpoolDisk> Supply<D> {
         if self.feed.is_some() {
             return;
         }
-        if let Some(spool) = &mut self.spool {
-            spool.trim(memory.acked);
-        }
+        self.remembered(memory);
         let end = self.spool.as_ref().and_then(Spool::end);
         let known = Border {
             after: memory.acked,
@@ -127,6 +130,7 @@ impl<D: SpoolDisk> Supply<D> {
     pub fn start(&mut self, at: Resume, recopy: bool) -> Result<bool, ReadError> {
         let wanted = Border { after: at.after, chain: at.chain, generation: at.generation };
         let found = if recopy { Ok(false) } else { self.position(wanted) };
+        self.sent = Some(wanted);
         if !matches!(found, Ok(true)) {
             self.clear_spool();
             self.recent.clear();
@@ -139,9 +143,10 @@ impl<D: SpoolDisk> Supply<D> {
 
     fn position(&mut self, wanted: Border) -> Result<bool, ReadError> {
         let Some(feed) = &self.feed else { return Ok(false) };
-        let before = |r: &Recent| border_before(&r.batch) == wanted;
-        let in_memory = self.recent.iter().position(before);
-        let at_end = || (border_of(feed) == wanted).then_some(self.recent.len());
+        // What was not handed out has the chain of the spool.
+        let is_it = |b: Border| b == wanted || (self.sent == Some(wanted) && b.is_at(wanted));
+        let in_memory = self.recent.iter().position(|r| is_it(border_before(&r.batch)));
+        let at_end = || is_it(border_of(feed)).then_some(self.recent.len());
         if let Some(handed) = in_memory.or_else(at_end) {
             (self.reading, self.handed) = (None, handed);
             return Ok(true);
@@ -169,16 +174,42 @@ impl<D: SpoolDisk> Supply<D> {
         if let (Some(cursor), Some(spool), false) = (&mut self.reading, &mut self.spool, skips) {
             // What is written and not synced is still in memory, and is taken from there.
             let stop = self.recent.front().map(|r| border_before(&r.batch));
-            if stop != Some(cursor.border())
+            if !stop.is_some_and(|stop| stop.is_at(cursor.border()))
                 && let Some(batch) = spool.read(cursor)?
             {
-                return Ok(Some(batch));
+                spool.note_sent(*cursor);
+                return Ok(Some(self.chained(batch)));
             }
             (self.reading, self.handed) = (None, 0);
         }
-        let next = self.recent.get(self.handed).map(|r| Arc::clone(&r.batch));
-        self.handed += usize::from(next.is_some());
-        Ok(next)
+        let Some(next) = self.recent.get(self.handed) else {
+            // What is built from here on follows what was sent.
+            if let (Some(feed), Some(sent)) = (&mut self.feed, self.sent)
+                && border_of(feed).is_at(sent)
+            {
+                feed.set_chain(sent.chain);
+            }
+            return Ok(None);
+        };
+        let (batch, written) = (Arc::clone(&next.batch), next.written);
+        if let (Some(spool), Some(cursor)) = (&mut self.spool, written) {
+            spool.note_sent(cursor);
+        }
+        let batch = self.chained(batch);
+        self.recent[self.handed].batch = Arc::clone(&batch);
+        self.handed += 1;
+        Ok(Some(batch))
+    }
+
+    /// The batch behind what was handed out before it.
+    fn chained(&mut self, batch: Arc<EncodedBatch>) -> Arc<EncodedBatch> {
+        let before = self.sent.filter(|sent| sent.chain != batch.header.prev_chain);
+        let batch = match before {
+            Some(sent) if sent.is_at(border_before(&batch)) => Arc::new(batch.chained(sent.chain)),
+            _ => batch,
+        };
+        self.sent = Some(Border::behind(&batch.header));
+        batch
     }
 
     /// Gives it a spool that could not be opened before. What lies in it counts only when nothing
@@ -236,7 +267,7 @@ impl<D: SpoolDisk> Supply<D> {
         // After a failure the target may have acknowledged what the spool has given up: then it
         // has everything that is left there, too.
         let next = self.recent.front().filter(|r| r.written.is_none()).map(|r| &r.batch.header);
-        if next.is_some_and(|h| spool.end().is_some_and(|end| end != Border::before(h))) {
+        if next.is_some_and(|h| spool.end().is_some_and(|end| !end.is_at(Border::before(h)))) {
             spool.clear();
             if spool.end().is_some() {
                 // Nothing may follow it that does not.
@@ -244,8 +275,12 @@ impl<D: SpoolDisk> Supply<D> {
                 return Err(self.failed(stays));
             }
         }
-        for recent in self.recent.iter_mut().filter(|r| r.written.is_none()) {
-            match spool.append(&recent.batch) {
+        let handed = self.handed;
+        for (at, recent) in self.recent.iter_mut().enumerate() {
+            if recent.written.is_some() {
+                continue;
+            }
+            match spool.append(&recent.batch, at < handed) {
                 Ok(cursor) => recent.written = Some(cursor),
                 Err(error) => return Err(self.failed(error)),
             }
@@ -304,9 +339,43 @@ impl<D: SpoolDisk> Supply<D> {
             self.recent.pop_front();
             self.handed = self.handed.saturating_sub(1);
         }
-        if let Some(spool) = &mut self.spool {
+        // Behind what was merged a restart needs the chain that was sent.
+        if let Some(spool) = self.spool.as_mut().filter(|spool| spool.is_straight()) {
             spool.trim(upto);
         }
+    }
+
+    /// This was made durable: a restart begins with it, and needs nothing in the spool before it.
+    pub fn remembered(&mut self, memory: VolumeMemory) {
+        let Some(spool) = &mut self.spool else { return };
+        spool.acknowledged(Border {
+            after: memory.acked,
+            chain: memory.acked_chain,
+            generation: memory.generation,
+        });
+        spool.trim(memory.acked);
+    }
+
+    /// One bounded step of merging points in the spool ([`Spool::merge`]), of what was never handed
+    /// out. `room` is what the spool may take beside what it holds, in bytes. False when there is
+    /// nothing to do.
+    ///
+    /// # Errors
+    /// Of the spool's disk; nothing is lost.
+    pub fn merge(&mut self, room: u64) -> io::Result<bool> {
+        // All was handed out, or memory points to what is not synced.
+        let (Some(spool), Some(reading)) = (&mut self.spool, self.reading) else {
+            return Ok(false);
+        };
+        let unsynced = self.recent.front().and_then(|r| r.written).map(|c| c.segment());
+        let may = |id| id > reading.segment() && unsynced.is_none_or(|unsynced| id < unsynced);
+        spool.merge(may, room, self.options.zstd_level)
+    }
+
+    /// What was merged since the spool was empty.
+    #[must_use]
+    pub fn merged(&self) -> Option<Merged> {
+        self.spool.as_ref().and_then(Spool::merged)
     }
 
     /// Batches are written to the spool as they are built.

@@ -388,11 +388,16 @@ impl Site {
     }
 
     pub fn open(&self, volume: &str, point: PointChoice) -> ViewInfo {
+        self.try_open(volume, point)
+            .unwrap_or_else(|e| panic!("the view did not open: {e:?}\n{}", self.logs()))
+    }
+
+    pub fn try_open(&self, volume: &str, point: PointChoice) -> Result<ViewInfo, Problem> {
         let volume = VolumeName::new(volume).expect("name");
         let request = OpenView::new(volume, point);
-        match self.ask_target(&TargetRequest::OpenView(request)) {
-            Ok(TargetReply::View(view)) => *view,
-            other => panic!("the view did not open: {other:?}\n{}", self.logs()),
+        match self.ask_target(&TargetRequest::OpenView(request))? {
+            TargetReply::View(view) => Ok(*view),
+            other => panic!("no view: {other:?}"),
         }
     }
 

@@ -33,6 +33,8 @@ pub struct Agent {
     actions: Vec<Action>,
     /// The pool looks fuller by this factor, so that outages need not be long.
     pool_divisor: u64,
+    /// The spool is nearly full.
+    merges: bool,
 }
 
 /// What holds the batches of a volume, and those asked of it.
@@ -77,6 +79,7 @@ impl Agent {
             feeds: BTreeMap::new(),
             actions: Vec::new(),
             pool_divisor: 1 << rng.below(5),
+            merges: rng.chance(500),
         };
         let options = FeedOptions {
             batch_bytes: 512 + rng.index(8 << 10),
@@ -183,9 +186,7 @@ impl Agent {
                     }
                 }
                 Action::Release { volume, upto } => {
-                    if let Some(running) = self.feeds.get_mut(&volume) {
-                        running.supply.trim(upto);
-                    }
+                    self.with_supply(volume, |supply| supply.trim(upto));
                     source.release(volume, upto, coverage);
                 }
                 Action::Compared { volume, upto, answer } => {
@@ -193,8 +194,15 @@ impl Agent {
                 }
                 Action::Remember { volume, memory: kept } => {
                     memory.insert(volume, kept);
+                    self.with_supply(volume, |supply| supply.remembered(kept));
                 }
             }
+        }
+    }
+
+    fn with_supply(&mut self, volume: VolumeId, tell: impl FnOnce(&mut Supply<SimSpool>)) {
+        if let Some(running) = self.feeds.get_mut(&volume) {
+            tell(&mut running.supply);
         }
     }
 
@@ -227,12 +235,18 @@ impl Agent {
                 coverage.saw(Seen::SpoolFailed);
             }
         }
+        if self.merges && rng.chance(500) {
+            running.merge(rng, coverage);
+        }
         if !running.pulls.is_empty() {
             match running.supply.take() {
                 Ok(Some(batch)) => {
                     let Some(feed) = running.number else { return };
                     if running.disk.holds(&batch.header) {
                         coverage.saw(Seen::SpoolSent);
+                        if running.supply.merged().is_some() {
+                            coverage.saw(Seen::MergedSent);
+                        }
                     }
                     running.pulls.pop_front();
                     let event = Event::BatchReady { volume, feed, batch };
@@ -301,6 +315,23 @@ impl Agent {
 }
 
 impl Running {
+    fn merge(&mut self, rng: &mut Rng, coverage: &mut Coverage) {
+        let before = self.supply.merged().map_or(0, |m| m.points);
+        for _ in 0..rng.below(40) {
+            match self.supply.merge(1 << 20) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => {
+                    coverage.saw(Seen::SpoolFailed);
+                    break;
+                }
+            }
+        }
+        if self.supply.merged().is_some_and(|m| m.points > before) {
+            coverage.saw(Seen::Merged);
+        }
+    }
+
     fn build(
         &mut self,
         volume: VolumeId,

@@ -53,6 +53,8 @@ pub enum Seen {
     SpoolSent,
     SpoolFound,
     SpoolFailed,
+    Merged,
+    MergedSent,
     HostCrash,
     Drained,
 }
@@ -107,6 +109,8 @@ impl Seen {
         Self::SpoolSent,
         Self::SpoolFound,
         Self::SpoolFailed,
+        Self::Merged,
+        Self::MergedSent,
         Self::HostCrash,
         Self::Drained,
     ];

@@ -146,6 +146,8 @@ planted! {
     finds_a_release_before_the_spool_is_synced: spool.release_before_sync;
     finds_a_torn_end_of_the_spool_that_is_believed: spool.tail_not_checked;
     finds_a_spool_that_is_sent_last: spool.sent_out_of_order;
+    finds_points_that_were_merged_and_are_offered: spool.merged_without_gap;
+    finds_a_merge_beyond_the_point_that_is_kept: spool.merged_beyond_point;
     finds_an_ack_before_the_sync: store.ack_before_sync;
     finds_a_floor_lowered_by_a_crash: store.floor_lowered_after_crash;
     finds_segments_deleted_too_early: store.segments_deleted_before_base_synced;

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use farshore_agent::spool::SpoolDisk;
-use farshore_changelog::{BatchHeader, SegmentId};
+use farshore_changelog::{BatchHeader, SegmentHeader, SegmentId};
 use farshore_extent::Lsn;
 use farshore_target::store::{Disk, FileKind, SimDisk, SimFaults};
 
@@ -17,6 +17,8 @@ pub struct SimSpool {
     disk: SimDisk,
     /// Last places of the batches written since the last sync, of any segment.
     unsynced: Arc<Mutex<Vec<Lsn>>>,
+    /// The segment being written is another one, merged: what it holds is there already.
+    merging: Arc<Mutex<Option<SegmentId>>>,
     /// Last place of the newest batch ever written.
     newest: Arc<Mutex<Option<Lsn>>>,
 }
@@ -27,7 +29,7 @@ impl SimSpool {
         if faulty {
             disk.set_faults(SimFaults { sync_fails: 60, write_fails: 20, read_fails: 0 });
         }
-        Self { disk, unsynced: Arc::default(), newest: Arc::default() }
+        Self { disk, unsynced: Arc::default(), merging: Arc::default(), newest: Arc::default() }
     }
 
     /// Whether a power cut now could take what lies at or before `place`.
@@ -53,6 +55,7 @@ impl SimSpool {
         self.disk.crash();
         self.disk.restart();
         self.unsynced.lock().expect("no panic inside").clear();
+        *self.merging.lock().expect("no panic inside") = None;
     }
 
     pub fn heal(&self) {
@@ -76,7 +79,10 @@ impl SpoolDisk for SimSpool {
     }
 
     fn write_at(&mut self, id: SegmentId, at: u64, bytes: &[u8]) -> io::Result<()> {
-        if let Ok(header) = BatchHeader::parse(bytes) {
+        let mut merging = self.merging.lock().expect("no panic inside");
+        if SegmentHeader::parse(bytes).is_ok_and(|header| header.segment != id) {
+            *merging = Some(id);
+        } else if let (Ok(header), true) = (BatchHeader::parse(bytes), *merging != Some(id)) {
             self.unsynced.lock().expect("no panic inside").push(header.last());
             *self.newest.lock().expect("no panic inside") = Some(header.last());
         }
@@ -94,12 +100,31 @@ impl SpoolDisk for SimSpool {
     fn sync(&mut self, id: SegmentId) -> io::Result<()> {
         self.disk.open(&name(id), FileKind::Plain)?.sync()?;
         self.disk.sync_dir()?;
-        self.unsynced.lock().expect("no panic inside").clear();
+        if *self.merging.lock().expect("no panic inside") != Some(id) {
+            self.unsynced.lock().expect("no panic inside").clear();
+        }
         Ok(())
     }
 
     fn delete(&mut self, id: SegmentId) -> io::Result<()> {
         self.disk.delete(&name(id))
+    }
+
+    fn replace(&mut self, by: SegmentId, id: SegmentId) -> io::Result<()> {
+        self.disk.rename(&name(by), &name(id))?;
+        self.disk.sync_dir()
+    }
+
+    fn note_sent(&mut self, id: SegmentId) -> io::Result<()> {
+        match self.disk.create(&format!("sent-{id}"), FileKind::Plain) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => self.disk.sync_dir(),
+        }
+    }
+
+    fn sent(&self) -> io::Result<Option<SegmentId>> {
+        let number = |name: &String| u64::from_str_radix(name.strip_prefix("sent-")?, 16).ok();
+        Ok(self.disk.list()?.iter().filter_map(number).map(SegmentId::new).max())
     }
 
     fn len(&mut self, id: SegmentId) -> io::Result<u64> {

@@ -50,6 +50,25 @@ pub trait SpoolDisk: Send {
     /// As they come.
     fn delete(&mut self, id: SegmentId) -> io::Result<()>;
 
+    /// Gives segment `by`, which is synced, the place and the name of segment `id`. Atomic, and
+    /// durable when it returns.
+    ///
+    /// # Errors
+    /// Either of the two may then be there.
+    fn replace(&mut self, by: SegmentId, id: SegmentId) -> io::Result<()>;
+
+    /// Notes that segments up to `id` may have been sent. Durable when it returns.
+    ///
+    /// # Errors
+    /// As they come.
+    fn note_sent(&mut self, id: SegmentId) -> io::Result<()>;
+
+    /// What was noted last.
+    ///
+    /// # Errors
+    /// As they come.
+    fn sent(&self) -> io::Result<Option<SegmentId>>;
+
     /// Bytes of a segment.
     ///
     /// # Errors
@@ -61,7 +80,7 @@ pub trait SpoolDisk: Send {
 #[derive(Debug)]
 pub struct FolderDisk {
     dir: PathBuf,
-    /// The files used last: the one that is written, the one that is read.
+    /// The files used last: one that is written, one that is read, two that are merged.
     open: Vec<(SegmentId, File)>,
 }
 
@@ -79,6 +98,23 @@ impl FolderDisk {
         self.dir.join(format!("seg-{id}"))
     }
 
+    /// The numbers behind this prefix, ascending.
+    fn numbers(&self, prefix: &str) -> io::Result<Vec<SegmentId>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            let digits = name.to_str().and_then(|n| n.strip_prefix(prefix));
+            let number = digits.filter(|d| d.len() == 16);
+            found.extend(number.and_then(|d| u64::from_str_radix(d, 16).ok()).map(SegmentId::new));
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    fn note(&self, id: SegmentId) -> PathBuf {
+        self.dir.join(format!("sent-{id}"))
+    }
+
     fn file(&mut self, id: SegmentId) -> io::Result<&File> {
         if let Some(at) = self.open.iter().position(|(open, _)| *open == id) {
             return Ok(&self.open[at].1);
@@ -88,7 +124,7 @@ impl FolderDisk {
     }
 
     fn keep(&mut self, id: SegmentId, file: File) -> &File {
-        if self.open.len() >= 2 {
+        if self.open.len() >= 4 {
             self.open.remove(0);
         }
         self.open.push((id, file));
@@ -98,15 +134,7 @@ impl FolderDisk {
 
 impl SpoolDisk for FolderDisk {
     fn list(&self) -> io::Result<Vec<SegmentId>> {
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(&self.dir)? {
-            let name = entry?.file_name();
-            let digits = name.to_str().and_then(|n| n.strip_prefix("seg-"));
-            let number = digits.filter(|d| d.len() == 16);
-            found.extend(number.and_then(|d| u64::from_str_radix(d, 16).ok()).map(SegmentId::new));
-        }
-        found.sort_unstable();
-        Ok(found)
+        self.numbers("seg-")
     }
 
     fn create(&mut self, id: SegmentId) -> io::Result<()> {
@@ -143,6 +171,30 @@ impl SpoolDisk for FolderDisk {
     fn delete(&mut self, id: SegmentId) -> io::Result<()> {
         self.open.retain(|(open, _)| *open != id);
         std::fs::remove_file(self.path(id))
+    }
+
+    fn replace(&mut self, by: SegmentId, id: SegmentId) -> io::Result<()> {
+        self.open.retain(|(open, _)| *open != by && *open != id);
+        durable_fs::put_in_place(&self.path(by), &self.path(id))
+    }
+
+    fn note_sent(&mut self, id: SegmentId) -> io::Result<()> {
+        let older = self.numbers("sent-")?;
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.note(id))?;
+        File::open(&self.dir)?.sync_all()?;
+        older
+            .into_iter()
+            .filter(|old| *old < id)
+            .try_for_each(|old| std::fs::remove_file(self.note(old)))
+    }
+
+    fn sent(&self) -> io::Result<Option<SegmentId>> {
+        Ok(self.numbers("sent-")?.pop())
     }
 
     fn len(&mut self, id: SegmentId) -> io::Result<u64> {

@@ -3,12 +3,16 @@
 //! Segments as FORMAT.md gives them, without footer and trailer: a header block, then batches
 //! byte for byte as they will travel, each at a multiple of 4096. A segment is synced before the
 //! next one is begun, so only the newest can have a torn tail. Nothing durable is written again:
-//! after a restart or a failure a new segment is begun.
+//! after a restart or a failure a new segment is begun. Merging puts a smaller segment in the place
+//! of one as a whole (`merge`); the batches behind it then follow it by place and no longer by
+//! chain. Whoever sends them chains them anew.
 //!
 //! Knows no clock, no limits and no target; [`crate::supply`] decides what is kept here.
 
 mod disk;
+mod merge;
 mod recover;
+mod rewrite;
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,6 +27,8 @@ use farshore_extent::{
 };
 
 pub use disk::{FolderDisk, SpoolDisk};
+pub use merge::Merged;
+pub use rewrite::room_for;
 
 const ALIGN: u64 = SEGMENT_ALIGN as u64;
 
@@ -38,6 +44,10 @@ pub struct SpoolFaults {
     pub tail_not_checked: bool,
     /// Sends what is newest before what lies in the spool.
     pub sent_out_of_order: bool,
+    /// Merges without saying that order is lost.
+    pub merged_without_gap: bool,
+    /// Drops what is written again after the point that is kept.
+    pub merged_beyond_point: bool,
 }
 
 /// Whose batches these are.
@@ -76,6 +86,12 @@ impl Border {
     #[must_use]
     pub const fn behind(header: &BatchHeader) -> Self {
         Self { after: header.last(), chain: header.chain, generation: header.generation }
+    }
+
+    /// Whether it is the same place of the same generation; the chains may differ after a merge.
+    #[must_use]
+    pub fn is_at(&self, other: Self) -> bool {
+        (self.after, self.generation) == (other.after, other.generation)
     }
 }
 
@@ -129,6 +145,8 @@ struct Segment {
     /// Where the next batch goes.
     end: u64,
     created: WallTime,
+    /// It was part of groups of up to `2^level` segments that were merged, or not worth it.
+    level: u8,
 }
 
 /// See the module.
@@ -146,24 +164,39 @@ pub struct Spool<D> {
     synced: Option<(Border, u64)>,
     unsynced: u64,
     bytes: u64,
+    /// A border as the target knows it, inside the row: where [`Self::find`] begins.
+    anchor: Option<Border>,
+    /// Newest segment that may have been sent; none when nothing was.
+    sent: Option<SegmentId>,
+    /// What may have been sent is not known: nothing is merged.
+    sent_unknown: bool,
+    /// It was empty once in this run, and nothing was merged since: every chain is the one sent.
+    straight: bool,
+    merge: Option<merge::Merge>,
+    merged: Option<Merged>,
 }
 
 impl<D: SpoolDisk> Spool<D> {
-    /// Appends a batch; durable after [`Self::sync`]. It must follow [`Self::end`], if there is one.
+    /// Appends a batch; durable after [`Self::sync`]. Its place must follow [`Self::end`], if there
+    /// is one. `sent` tells that the target may have received it.
     ///
     /// # Errors
     /// Of the medium. Call [`Self::give_up_tail`] then.
-    pub fn append(&mut self, batch: &EncodedBatch) -> io::Result<Cursor> {
+    pub fn append(&mut self, batch: &EncodedBatch, sent: bool) -> io::Result<Cursor> {
         let before = Border::before(&batch.header);
-        debug_assert!(self.end().is_none_or(|end| end == before), "a gap in the spool");
+        debug_assert!(self.end().is_none_or(|end| end.is_at(before)), "a gap in the spool");
         let room = (self.owner.segment_bytes).min(MAX_SEGMENT_BYTES - ALIGN);
         let padded = (batch.bytes.len() as u64).next_multiple_of(ALIGN);
-        let fits = |s: &Segment| s.end == ALIGN || s.end + padded <= room;
+        let fits = |s: &Segment| s.last == before && (s.end == ALIGN || s.end + padded <= room);
         if !self.writable || !self.segments.back().is_some_and(fits) {
             self.begin(before, batch.header.first_time)?;
         }
-        let segment = self.segments.back_mut().ok_or(io::ErrorKind::NotFound)?;
+        let segment = self.segments.back().ok_or(io::ErrorKind::NotFound)?;
         let cursor = Cursor { segment: segment.id, at: segment.end, border: before };
+        if sent {
+            self.note_sent(cursor);
+        }
+        let segment = self.segments.back_mut().ok_or(io::ErrorKind::NotFound)?;
         self.disk.write_at(segment.id, segment.end, &batch.bytes)?;
         segment.end += padded;
         segment.last = Border::behind(&batch.header);
@@ -195,7 +228,14 @@ impl<D: SpoolDisk> Spool<D> {
         self.disk.create(id)?;
         self.writable = true;
         self.synced = None;
-        self.segments.push_back(Segment { id, first: before, last: before, end: ALIGN, created });
+        self.segments.push_back(Segment {
+            id,
+            first: before,
+            last: before,
+            end: ALIGN,
+            created,
+            level: 0,
+        });
         self.bytes += ALIGN;
         self.unsynced += ALIGN;
         self.disk.write_at(id, 0, &header.encode())
@@ -254,7 +294,7 @@ impl<D: SpoolDisk> Spool<D> {
         self.unsynced
     }
 
-    /// Bytes of all segments.
+    /// Bytes of all segments, without the one that is being written anew.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
         self.bytes
@@ -272,46 +312,106 @@ impl<D: SpoolDisk> Spool<D> {
         self.segments.front().map(Segment::first)
     }
 
-    /// The cursor behind the batch that ends at this border, if there is one here. The end of the
-    /// spool is not found: nothing is to be read there.
+    /// The cursor behind the batch that ends at this border, as the target knows it, if there is
+    /// one here. The end of the spool is not found: nothing is to be read there.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn find(&mut self, border: Border) -> Result<Option<Cursor>, ReadError> {
-        let holds = |s: &&Segment| s.first.after <= border.after && border.after < s.last.after;
+        let Some(first) = self.segments.front().map(|s| s.first) else { return Ok(None) };
+        let anchor = self.anchor.filter(|a| a.after <= border.after);
+        let mut begin = None;
+        if let Some(anchor) = anchor.filter(|a| a.generation == first.generation) {
+            begin = self.cursor_at(anchor.after)?.map(|cursor| (cursor, anchor.chain));
+        }
+        // What was never merged has the chain that was sent.
+        let first = || Some((self.segments.front()?.first(), first.chain));
+        let Some((mut cursor, mut chain)) = begin.or_else(first) else { return Ok(None) };
+        while cursor.border.after < border.after {
+            let Some(next) = self.at_batch(cursor) else { return Ok(None) };
+            cursor = next;
+            let header = self.header(cursor)?;
+            chain = if header.prev_chain == chain {
+                header.chain
+            } else {
+                let bytes = self.bytes_of(cursor, &header)?;
+                EncodedBatch { header, bytes }.chained(chain).header.chain
+            };
+            cursor = cursor.behind(&header);
+        }
+        let here = Border { chain, ..cursor.border };
+        let found = if here == border { self.at_batch(cursor) } else { None };
+        if found.is_some() {
+            self.anchor = Some(border);
+        }
+        Ok(found)
+    }
+
+    /// The cursor at a place that is a border; by place only.
+    fn cursor_at(&mut self, place: Lsn) -> Result<Option<Cursor>, ReadError> {
+        let holds = |s: &&Segment| s.first.after <= place && place < s.last.after;
         let Some(mut cursor) = self.segments.iter().find(holds).map(Segment::first) else {
             return Ok(None);
         };
-        while cursor.border.after < border.after {
+        while cursor.border.after < place {
             let header = self.header(cursor)?;
-            cursor.at += (header.total_len() as u64).next_multiple_of(ALIGN);
-            cursor.border = Border::behind(&header);
+            cursor = cursor.behind(&header);
         }
-        Ok((cursor.border == border).then_some(cursor))
+        Ok((cursor.border.after == place).then_some(cursor))
     }
 
-    /// The batch at the cursor, verified, and the cursor moved behind it; none at the end.
+    /// The cursor itself, or the begin of the next segment when it is at the end of its own, which
+    /// may be trimmed already. None at the end.
+    fn at_batch(&self, cursor: Cursor) -> Option<Cursor> {
+        let place = cursor.border;
+        let within = |s: &Segment| s.id == cursor.segment && s.last.after > place.after;
+        if self.segments.iter().any(within) {
+            return Some(cursor);
+        }
+        let follows = |s: &&Segment| s.first.is_at(place) && s.last.after > place.after;
+        self.segments.iter().find(follows).map(Segment::first)
+    }
+
+    /// The batch at the cursor, verified, and the cursor moved behind it; none at the end. Its
+    /// chain is that of the spool.
     ///
     /// # Errors
     /// [`ReadError`]; the batch and all after it are lost.
     pub fn read(&mut self, cursor: &mut Cursor) -> Result<Option<Arc<EncodedBatch>>, ReadError> {
-        let within = |s: &Segment| s.id == cursor.segment && s.last != cursor.border;
-        if !self.segments.iter().any(within) {
-            // At the end of its segment, which may be trimmed already.
-            let follows = |s: &&Segment| s.first == cursor.border && s.last != cursor.border;
-            let Some(next) = self.segments.iter().find(follows) else { return Ok(None) };
-            *cursor = next.first();
-        }
-        let header = self.header(*cursor)?;
-        let bytes = self.bytes_of(*cursor, &header)?;
-        let damaged =
-            |source| ReadError::Damaged { segment: cursor.segment, at: cursor.at, source };
+        let Some(here) = self.at_batch(*cursor) else { return Ok(None) };
+        let header = self.header(here)?;
+        let bytes = self.bytes_of(here, &header)?;
+        let damaged = |source| ReadError::Damaged { segment: here.segment, at: here.at, source };
         if !self.faults.tail_not_checked {
             RawBatch::parse(&bytes).and_then(RawBatch::check).map_err(damaged)?;
         }
-        cursor.at += (bytes.len() as u64).next_multiple_of(ALIGN);
-        cursor.border = Border::behind(&header);
+        *cursor = here.behind(&header);
         Ok(Some(Arc::new(EncodedBatch { header, bytes })))
+    }
+
+    /// What is in this segment and before may be received from here on: it is not merged any more.
+    pub fn note_sent(&mut self, cursor: Cursor) {
+        if self.sent.is_some_and(|sent| cursor.segment <= sent) {
+            return;
+        }
+        if let Err(error) = self.disk.note_sent(cursor.segment) {
+            // Sending goes on. Should it be merged in a later run, the target's place is not found
+            // in the spool, and the volume is compared.
+            tracing::warn!(%error, "it cannot be noted what was sent; points are not merged");
+            self.sent_unknown = true;
+        }
+        self.sent = Some(cursor.segment);
+    }
+
+    /// Whether what is left after [`Self::trim`] needs no memory of what was sent before it.
+    #[must_use]
+    pub const fn is_straight(&self) -> bool {
+        self.straight
+    }
+
+    /// The target has acknowledged this border: reading after a restart begins there.
+    pub const fn acknowledged(&mut self, border: Border) {
+        self.anchor = Some(border);
     }
 
     /// The header of the batch at the cursor; it must follow what was read before.
@@ -357,6 +457,8 @@ impl<D: SpoolDisk> Spool<D> {
         }
         if self.segments.is_empty() {
             (self.writable, self.synced, self.unsynced, self.bytes) = (false, None, 0, 0);
+            (self.anchor, self.merged, self.straight) = (None, None, true);
+            self.stop_merging();
         }
     }
 
@@ -367,11 +469,26 @@ impl<D: SpoolDisk> Spool<D> {
     }
 }
 
+impl Cursor {
+    fn behind(self, header: &BatchHeader) -> Self {
+        let at = self.at + (header.total_len() as u64).next_multiple_of(ALIGN);
+        Self { segment: self.segment, at, border: Border::behind(header) }
+    }
+
+    /// The segment it is in.
+    #[must_use]
+    pub const fn segment(&self) -> SegmentId {
+        self.segment
+    }
+}
+
 impl Segment {
     const fn first(&self) -> Cursor {
         Cursor { segment: self.id, at: ALIGN, border: self.first }
     }
 }
 
+#[cfg(test)]
+mod merge_tests;
 #[cfg(test)]
 mod tests;

@@ -25,9 +25,17 @@ impl<D: SpoolDisk> Spool<D> {
             synced: None,
             unsynced: 0,
             bytes: 0,
+            anchor: None,
+            sent: None,
+            sent_unknown: false,
+            straight: false,
+            merge: None,
+            merged: None,
         };
         let found = spool.disk.list()?;
-        spool.next = found.last().map_or(spool.next, |last| last.next());
+        spool.sent = spool.disk.sent()?;
+        let newest = found.last().copied().max(spool.sent);
+        spool.next = newest.map_or(spool.next, SegmentId::next);
         for id in found.into_iter().rev() {
             let header = spool.read_header(id)?;
             let known = spool.segments.front().map(|s| s.first);
@@ -37,7 +45,7 @@ impl<D: SpoolDisk> Spool<D> {
                 (None, _) => None,
             };
             // A segment without a batch, and whatever does not lead to the newest one: trimmed
-            // segments that came back, a segment that was being begun.
+            // segments that came back, a segment that was being begun, one that was being merged.
             match segment {
                 Some(segment) => spool.segments.push_front(segment),
                 None => spool.disk.delete(id)?,
@@ -47,6 +55,7 @@ impl<D: SpoolDisk> Spool<D> {
             spool.disk.sync(last.id)?;
             spool.synced = Some((last.last, last.end));
         }
+        spool.straight = spool.segments.is_empty();
         spool.bytes = spool.segments.iter().map(|s| s.end).sum();
         Ok(spool)
     }
@@ -70,7 +79,7 @@ impl<D: SpoolDisk> Spool<D> {
             return Ok(None);
         }
         let end = self.disk.len(id)?.next_multiple_of(ALIGN);
-        Ok(Some(Segment { id, first, last: next, end, created: header.created }))
+        Ok(Some(Segment { id, first, last: next, end, created: header.created, level: 0 }))
     }
 
     /// Every batch of the newest segment that is whole and follows the one before.
@@ -83,14 +92,13 @@ impl<D: SpoolDisk> Spool<D> {
             if !self.faults.tail_not_checked && !self.is_whole(cursor, &header) {
                 break;
             }
-            cursor.at += (header.total_len() as u64).next_multiple_of(ALIGN);
-            cursor.border = Border::behind(&header);
+            cursor = cursor.behind(&header);
         }
         if cursor.at < len {
             tracing::info!(segment = %id, at = cursor.at, len, "the torn end of the spool is left");
         }
-        let segment =
-            Segment { id, first, last: cursor.border, end: cursor.at, created: header.created };
+        let created = header.created;
+        let segment = Segment { id, first, last: cursor.border, end: cursor.at, created, level: 0 };
         Ok((cursor.border != first).then_some(segment))
     }
 

@@ -48,7 +48,7 @@ fn fill(spool: &mut Spool<FolderDisk>, n: usize) -> Vec<EncodedBatch> {
     let mut all = Vec::new();
     for _ in 0..n {
         let next = batch(spool.end().unwrap_or_else(origin));
-        spool.append(&next).unwrap();
+        spool.append(&next, false).unwrap();
         all.push(next);
     }
     all
@@ -148,6 +148,18 @@ impl SpoolDisk for Stubborn {
 
     fn delete(&mut self, _: SegmentId) -> io::Result<()> {
         Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    fn replace(&mut self, by: SegmentId, id: SegmentId) -> io::Result<()> {
+        self.0.replace(by, id)
+    }
+
+    fn note_sent(&mut self, id: SegmentId) -> io::Result<()> {
+        self.0.note_sent(id)
+    }
+
+    fn sent(&self) -> io::Result<Option<SegmentId>> {
+        self.0.sent()
     }
 
     fn len(&mut self, id: SegmentId) -> io::Result<u64> {

@@ -182,6 +182,22 @@ impl BatchHeader {
         })
     }
 
+    /// The records of a batch of which only the front was read, [`Self::payload_offset`] bytes.
+    /// Nothing vouches for them: the chain covers the payload, too. For estimates.
+    ///
+    /// # Errors
+    /// [`BatchError::Truncated`] and [`BatchError::Record`].
+    pub fn records_of(&self, front: &[u8]) -> Result<Vec<Record>, BatchError> {
+        let needed = self.payload_offset();
+        let front =
+            front.get(..needed).ok_or(BatchError::Truncated { needed, have: front.len() })?;
+        let batch = CheckedBatch { header: *self, bytes: front };
+        let bad = |(index, record): (usize, Result<Record, _>)| {
+            record.map_err(|source| BatchError::Record { index, source })
+        };
+        batch.raw_records().enumerate().map(bad).collect()
+    }
+
     fn check_limits(bytes: &[u8]) -> Result<(), BatchError> {
         let require = |ok: bool, field| if ok { Ok(()) } else { Err(BatchError::Field(field)) };
         let raw = len_at(bytes, header::raw_len);
@@ -331,6 +347,25 @@ impl<'a> CheckedBatch<'a> {
         }
         if out.len() != len || crc32c::crc32c(out) != payload.crc {
             return Err(BatchError::Payload { seq });
+        }
+        Ok(())
+    }
+
+    /// Reads the payload of all records into `out` (cleared first), as one stream in which
+    /// [`PayloadRef::raw_off`] counts. The checksums made at capture are left to the caller.
+    ///
+    /// # Errors
+    /// [`BatchError::Frame`] or [`BatchError::Sealed`].
+    pub fn read_all(&self, out: &mut Vec<u8>) -> Result<(), BatchError> {
+        if self.header.sealed {
+            return Err(BatchError::Sealed);
+        }
+        out.clear();
+        let mut raw = Vec::new();
+        for (index, (entry, place)) in self.frames().enumerate() {
+            let stored = &self.bytes[place..place + entry.stored_len as usize];
+            entry.decode(stored, &mut raw).map_err(|why| BatchError::Frame { index, why })?;
+            out.extend_from_slice(&raw);
         }
         Ok(())
     }

@@ -34,6 +34,17 @@ pub struct EncodedBatch {
     pub bytes: Vec<u8>,
 }
 
+impl EncodedBatch {
+    /// The same records behind another history. Costs a copy and a digest of all bytes.
+    #[must_use]
+    pub fn chained(&self, prev_chain: Chain) -> Self {
+        let mut header = BatchHeader { prev_chain, ..self.header };
+        let mut bytes = self.bytes.clone();
+        seal(&mut header, &mut bytes);
+        Self { header, bytes }
+    }
+}
+
 /// Zeroes are looked for in pieces of this many bytes: what file systems zero.
 const ZERO_UNIT: usize = 4096;
 
@@ -159,16 +170,12 @@ impl BatchBuilder {
             sealed: false,
         };
         let mut bytes = Vec::with_capacity(head.total_len());
-        bytes.extend_from_slice(&encode_header(&head));
+        bytes.resize(HEADER_LEN, 0);
         bytes.extend_from_slice(&self.records);
         bytes.extend_from_slice(&self.aux);
         self.frames.iter().for_each(|f| bytes.extend_from_slice(&f.to_bytes()));
         bytes.extend_from_slice(&self.stored);
-        let (front, body) = bytes.split_at_mut(HEADER_LEN);
-        head.chain = chain_of(front, body);
-        front[header::chain].copy_from_slice(&head.chain.to_bytes());
-        let crc = crc32c::crc32c(&front[..header::crc.start]);
-        front[header::crc].copy_from_slice(&crc.to_le_bytes());
+        seal(&mut head, &mut bytes);
         self.clear();
         Some(EncodedBatch { header: head, bytes })
     }
@@ -210,6 +217,16 @@ impl BatchBuilder {
         }
         self.pending.extend_from_slice(bytes);
     }
+}
+
+/// Writes the header before the body that is there, with chain and checksum.
+fn seal(head: &mut BatchHeader, bytes: &mut [u8]) {
+    let (front, body) = bytes.split_at_mut(HEADER_LEN);
+    front.copy_from_slice(&encode_header(head));
+    head.chain = chain_of(front, body);
+    front[header::chain].copy_from_slice(&head.chain.to_bytes());
+    let crc = crc32c::crc32c(&front[..header::crc.start]);
+    front[header::crc].copy_from_slice(&crc.to_le_bytes());
 }
 
 fn encode_header(head: &BatchHeader) -> [u8; HEADER_LEN] {

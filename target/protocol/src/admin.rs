@@ -363,6 +363,19 @@ pub struct SpoolInfo {
     pub bytes: u64,
     /// Capture time of the oldest change in it.
     pub since: Option<WallTime>,
-    /// Why it takes nothing, if so.
+    /// Why it takes nothing or has merged points, if so.
     pub problem: Option<farshore_extent::Problem>,
+    /// Points of the outage that were merged because it was nearly full.
+    pub merged: Option<MergedPoints>,
+}
+
+/// Points that are not offered any more, so that newer changes have room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergedPoints {
+    /// How many.
+    pub points: u64,
+    /// Capture time of the oldest change concerned.
+    pub from: WallTime,
+    /// Time of the newest point that other points were merged into.
+    pub to: WallTime,
 }

@@ -14,8 +14,9 @@ use farshore_extent::{
     PointKind, Problem, Seq, ViewId, VolumeId, VolumeName, VolumeSize, WallTime,
 };
 use farshore_protocol::admin::{
-    AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, HostInfo, OpenView, PointChoice,
-    PointInfo, ReplicaStatus, SpoolInfo, SpoolLevel, TargetReply, TargetRequest, ViewInfo,
+    AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, HostInfo, MergedPoints,
+    OpenView, PointChoice, PointInfo, ReplicaStatus, SpoolInfo, SpoolLevel, TargetReply,
+    TargetRequest, ViewInfo,
 };
 use farshore_protocol::message::{
     FromAgent, FromTarget, OpenVolume, Opened, Verdict, VolumeReport,
@@ -348,6 +349,7 @@ fn agent_reply() -> Vec<Result<AgentReply, Problem>> {
             bytes: 3,
             since: Some(time()),
             problem: None,
+            merged: Some(MergedPoints { points: 4, from: time(), to: time() }),
         },
     };
     let status = AgentStatus {

@@ -118,7 +118,11 @@ fn spools(report: &StatusReport) -> String {
         let age = |since| units::span(report.now.since(since));
         let since =
             spool.since.map_or(String::new(), |t| format!(", oldest change {} ago", age(t)));
-        Some(format!("{}: {doing}, {}{since}\n", row.volume, units::bytes(spool.bytes)))
+        let merged = spool.merged.map_or(String::new(), |m| {
+            let (from, to) = (units::instant(m.from), units::instant(m.to));
+            format!("; {} points merged between {from} and {to}", m.points)
+        });
+        Some(format!("{}: {doing}, {}{since}{merged}\n", row.volume, units::bytes(spool.bytes)))
     };
     let lines: String = report.volumes.iter().filter_map(line).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }

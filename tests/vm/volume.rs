@@ -94,6 +94,9 @@ impl<'a> Volume<'a> {
         let point = self.site.tag(&self.name, tag);
         let view = self.site.open(&self.name, PointChoice::Id(point.point));
         let copy = self.site.fetch_view(&view, &format!("{tag}.img"));
+        // What the disk holds, and not what the page cache remembers of it: a buffered read that overlaps
+        // a direct write may leave the old bytes there.
+        run("blockdev", &["--flushbufs", self.backing.to_str().expect("UTF-8")]);
         assert_same_bytes(&self.backing, &copy, "disk and point differ");
         std::fs::remove_file(copy).expect("the copy goes away");
         self.site.close(&view);

@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use crate::control::BackendKind;
+use crate::sys::info;
 use crate::sys::pool::PoolMemory;
 use crate::sys::ring::{Engine, Ring, RingConfig};
 
@@ -124,6 +125,17 @@ impl Backing {
     /// Of the device.
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
+    }
+
+    /// Has the kernel forget what it has cached of a block device; blocks. A buffered read of somebody
+    /// else that overlapped a direct write of ours may have left the old bytes there, for as long
+    /// as anybody has the device open.
+    pub fn forget_cached(&self) {
+        if self.kind == BackendKind::Block
+            && let Err(error) = info::forget_cached(self.file.as_fd())
+        {
+            tracing::warn!(path = %self.path.display(), %error, "the page cache of a disk stays");
+        }
     }
 
     /// The first allocated range at or after `from`, up to the end of the volume; `None` when only

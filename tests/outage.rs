@@ -14,7 +14,7 @@ use farshore::nbd_client::NbdClient;
 use farshore_blkfilter::control::{Client, MarkerPlaced, MarkerRequest};
 use farshore_extent::{CaptureOrder, GroupId, MarkerId, PairState, PointKind, WallTime};
 use farshore_protocol::admin::{AgentVolume, PointChoice, PointInfo, SpoolLevel, ViewInfo};
-use harness::{Site, assert_same_bytes, pause, wait_for};
+use harness::{Site, assert_same_bytes, pause, run, said, wait_for};
 
 const SIZE: u64 = 32 << 20;
 const MIB: u64 = 1 << 20;
@@ -352,4 +352,48 @@ fn a_spool_whose_volume_was_unprotected_meanwhile_goes_when_the_agent_starts() {
     wait_for("the spool of the volume that is gone to be removed", LONG, left);
     let told = || site.logs().contains("the spool was removed").then_some(());
     wait_for("the log to tell of it", LONG, told);
+}
+
+#[test]
+fn a_throttled_writer_waits_a_bounded_time_and_only_while_the_pool_is_nearly_full() {
+    let site = Site::new();
+    std::fs::create_dir_all(&site.paths.etc).expect("folder");
+    let file = site.paths.etc.join("filterd.toml");
+    std::fs::write(file, "throttle = \"50ms\"\n").expect("configuration");
+    let daemons = site.start_all();
+    let image = protect(&site);
+    let throttle = || {
+        let mut filterd = Client::connect(&site.paths.filterd_socket()).expect("filterd answers");
+        let volume = filterd.list().expect("volumes").into_iter().next().expect("a volume");
+        let throttle = volume.throttle.expect("it is on");
+        (throttle.delay_ms, throttle.writes)
+    };
+    let write = |count: u64, at: u64| {
+        let step = format!("t = time.time(); h.pwrite(b'w' * 65536, ({at} + i) * 65536)");
+        let script = format!(
+            "import time\nw = 0\nfor i in range({count}): {step}; w = max(w, time.time() - t)\nprint(w)"
+        );
+        let out = run("nbdsh", &["-u", &site.nbd_uri("disk"), "-c", &script]);
+        let told = String::from_utf8(out.stdout).expect("UTF-8");
+        told.trim().parse::<f64>().expect("seconds")
+    };
+    daemons.agent.kill();
+    write(80, 0);
+    assert_eq!(throttle(), (0, 0), "5 MiB of a pool of 8: there is room");
+    let longest = write(40, 80);
+    let (delay, writes) = throttle();
+    assert!((1..=50).contains(&delay), "{delay} ms");
+    assert!((16..40).contains(&writes), "{writes} of 40 writes waited");
+    assert!((0.001..5.0).contains(&longest), "one write took {longest} s");
+    let told = said(&site.try_cli(&["status"]));
+    assert!(told.contains("each write waits") && told.contains("at most 50"), "{told}");
+
+    let _agent = site.start_agent();
+    wait_for("room in the pool", LONG, || (throttle().0 == 0).then_some(()));
+    let point = site.tag_when_ordered("disk", "after");
+    let view = site.open("disk", PointChoice::Id(point.point));
+    let copy = site.fetch_view(&view, "after.img");
+    assert_same_bytes(&image, &copy, "source and point differ");
+    site.close(&view);
+    assert_eq!(site.replica("disk").map(|r| r.order), Some(CaptureOrder::Ordered));
 }

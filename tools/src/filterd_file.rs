@@ -8,6 +8,9 @@ use farshore_protocol::config::{ByteRate, ByteSize, CODE_VALUE, Millis, parse_to
 use farshore_protocol::paths::Paths;
 use serde::Deserialize;
 
+/// The throttle is a brake, not a wall.
+const MAX_THROTTLE_MS: u64 = 100;
+
 /// Everything that can be set; what is left out keeps its default.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -22,6 +25,8 @@ struct File {
     resync_at_once: Option<ByteSize>,
     /// How much of a volume may be marked as written lately; so much is compared after a crash.
     intent_max: Option<ByteSize>,
+    /// Longest time for which a write waits while its pool is nearly full.
+    throttle: Option<Millis>,
     /// Queues of a block device.
     queues: Option<u16>,
     /// At a stop: how long clients may take to finish.
@@ -53,6 +58,15 @@ pub fn parse(text: &str, name: &str, paths: &Paths) -> Result<Config, Problem> {
     file.pool.into_iter().for_each(|v| config.pool_bytes = v.bytes());
     file.copy_rate.into_iter().for_each(|v| config.copy_rate = v.bytes_per_second());
     file.resync_at_once.into_iter().for_each(|v| config.resync_at_once = v.bytes());
+    if let Some(longest) = file.throttle {
+        config.limits.throttle_ms = longest.millis();
+        if longest.millis() > MAX_THROTTLE_MS {
+            let what = format!("{name}: throttle cannot be used");
+            let why = format!("{longest} is more than {MAX_THROTTLE_MS}ms for one write");
+            let next = "correct the value and start again";
+            return Err(Problem::harmless(CODE_VALUE, what, why, next));
+        }
+    }
     if let Some(text) = &file.resync_window {
         config.resync_window = text.parse().map_err(|why: String| {
             let what = format!("{name}: resync_window cannot be used");
@@ -125,6 +139,10 @@ mod tests {
         assert_eq!(config.resync_at_once, 0);
         let wrong = parse("resync_window = \"at night\"", "filterd.toml", &paths).unwrap_err();
         assert!(wrong.code.0 == CODE_VALUE && wrong.why.contains("18:00-08:00"), "{}", wrong.why);
+        let config = parse("throttle = \"20ms\"", "filterd.toml", &paths).unwrap();
+        assert_eq!(config.limits.throttle_ms, 20);
+        let wrong = parse("throttle = \"1s\"", "filterd.toml", &paths).unwrap_err();
+        assert_eq!(wrong.code.0, CODE_VALUE);
         let nobody = parse("users = [\"no-such-user-here\"]", "filterd.toml", &paths);
         assert_eq!(nobody.unwrap_err().code.0, CODE_VALUE);
     }

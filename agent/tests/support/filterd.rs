@@ -260,6 +260,7 @@ impl State {
             reads: 0,
             backing_errors: 0,
             intent: None,
+            throttle: None,
         };
         self.volumes.values().map(status).collect()
     }

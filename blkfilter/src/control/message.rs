@@ -436,6 +436,19 @@ pub struct VolumeStatus {
     pub backing_errors: u64,
     /// The intent map.
     pub intent: Option<IntentInfo>,
+    /// The throttle; none when it is off.
+    pub throttle: Option<ThrottleInfo>,
+}
+
+/// What the throttle does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleInfo {
+    /// Longest time in milliseconds for which an answer is held back.
+    pub longest_ms: u64,
+    /// For how many milliseconds answers to writes are held back now; 0 while the pool has room.
+    pub delay_ms: u64,
+    /// Writes whose answers were held back, since the daemon started.
+    pub writes: u64,
 }
 
 /// Cut a marker.

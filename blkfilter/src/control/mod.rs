@@ -16,6 +16,6 @@ pub use client::{Client, FetchWish};
 pub use message::{
     AttachChoice, AttachKind, Attachment, BackendKind, CompareAnswer, CopyProgress, CopyWait,
     CopyWaits, Descriptor, DescriptorBody, Fetched, Grown, Hint, IntentInfo, MarkerPlaced,
-    MarkerRequest, PoolPlace, ProtectRequest, Readiness, Reply, Request, VerifyProgress,
-    VolumeInfo, VolumeStatus,
+    MarkerRequest, PoolPlace, ProtectRequest, Readiness, Reply, Request, ThrottleInfo,
+    VerifyProgress, VolumeInfo, VolumeStatus,
 };

@@ -2,6 +2,7 @@
 
 use farshore_extent::{Epoch, Extent, Seq};
 
+use super::brake::Brake;
 use super::event::{
     Action, Backing, Buffer, CopyEnd, Event, IntentEnd, IoKey, Now, Outcome, QueueId, Token,
     VolumeKey,
@@ -22,6 +23,7 @@ pub struct CaptureCore {
     pub(super) volumes: Vec<Option<Volume>>,
     pub(super) requests: Slab<Request>,
     pub(super) gate: AckGate,
+    pub(super) brake: Brake,
     pub(super) pending_markers: Vec<(farshore_extent::MarkerId, Vec<VolumeKey>)>,
     /// Volumes attached so far.
     pub(super) attached: u64,
@@ -128,6 +130,7 @@ impl CaptureCore {
             volumes: Vec::new(),
             requests: Slab::new(),
             gate: AckGate::default(),
+            brake: Brake::default(),
             pending_markers: Vec::new(),
             attached: 0,
             granted: Vec::new(),
@@ -140,6 +143,7 @@ impl CaptureCore {
     /// serialises all calls of a host.
     pub fn step(&mut self, now: Now, event: Event, out: &mut Vec<Action>) {
         self.gate.expire(now.mono_ms, out);
+        self.brake.expire(now.mono_ms, out);
         let late = self.limits.faults.marker_before_gate && self.gate.is_closed();
         match event {
             Event::Write { queue, token, volume, extent, buffer, crc, pieces, fua } => {
@@ -235,7 +239,7 @@ impl CaptureCore {
         volume.want_copy(&mut cx);
         self.sweep(request.volume, out);
         self.start_granted(out);
-        self.finish(&request, end, out);
+        self.finish(now, &request, end, out);
     }
 
     fn start_granted(&mut self, out: &mut Vec<Action>) {
@@ -288,19 +292,40 @@ impl CaptureCore {
         volume.ask_for_intent(out);
     }
 
-    fn finish(&mut self, request: &Request, end: End, out: &mut Vec<Action>) {
+    fn finish(&mut self, now: Now, request: &Request, end: End, out: &mut Vec<Action>) {
         let (queue, token) = (request.queue, request.token);
         match end {
             End::Guest(result) => {
                 if self.gate.holds(request.volume) && !self.limits.faults.gate_ignored {
-                    self.gate.wait(queue, token, result);
-                } else {
-                    out.push(Action::Answer { queue, token, result });
+                    return self.gate.wait(queue, token, result);
+                }
+                match self.delay(request) {
+                    0 => out.push(Action::Answer { queue, token, result }),
+                    ms => self.brake.hold(now.mono_ms.saturating_add(ms), queue, token, result),
                 }
             }
             End::Copy(end) => out.push(Action::CopyDone { queue, token, end }),
             End::Nobody => {}
         }
+    }
+
+    /// Holds no answer back any more.
+    pub fn end_throttle(&mut self, now: Now, out: &mut Vec<Action>) {
+        self.limits.throttle_ms = 0;
+        self.gate.expire(now.mono_ms, out);
+        self.brake.expire(u64::MAX, out);
+    }
+
+    /// For how many milliseconds the answer is held back.
+    fn delay(&mut self, request: &Request) -> u64 {
+        let longest = self.limits.throttle_ms;
+        if longest == 0 || request.what.write().is_none() {
+            return 0;
+        }
+        let Some(volume) = held(&mut self.volumes, request.volume) else { return 0 };
+        let delay = volume.throttle_ms(longest);
+        volume.figures.throttled += u64::from(delay > 0);
+        delay
     }
 
     pub(super) fn volume(&self, key: VolumeKey) -> Option<&Volume> {

@@ -12,6 +12,9 @@ pub struct Limits {
     pub max_pending_markers: usize,
     /// Longest time the acknowledgement gate may stay closed, in milliseconds.
     pub max_hold_ms: u64,
+    /// Longest time in milliseconds for which the answer to one write is held back while its pool
+    /// is nearly full; 0: never.
+    pub throttle_ms: u64,
     /// Room in a pool is given in multiples of this many bytes (direct I/O needs whole pages).
     pub pool_align: u64,
     /// Deliberate defects; all off outside of tests.
@@ -25,6 +28,7 @@ impl Default for Limits {
             control_headroom: 4096,
             max_pending_markers: 1024,
             max_hold_ms: 300,
+            throttle_ms: 0,
             pool_align: 4096,
             faults: Faults::default(),
         }

@@ -21,6 +21,7 @@
 //!    [`Event::IntentDone`]. At [`Action::FlushWanted`]: flush the backing.
 //! 5. The agent's side: [`CaptureCore::fetch`], [`CaptureCore::release`].
 
+mod brake;
 mod capture;
 mod command;
 mod compare;

@@ -68,6 +68,10 @@ pub struct CoreStatus {
     pub written_bytes: u64,
     /// Backing requests that failed, as far as the core saw them.
     pub backing_errors: u64,
+    /// For how many milliseconds the throttle holds answers back now.
+    pub throttle_ms: u64,
+    /// Writes whose answers it has held back.
+    pub throttled: u64,
     /// Requests in flight or waiting for their range, copy reads included; without flushes.
     pub in_flight: usize,
     /// The intent map; none when none is kept.
@@ -170,11 +174,11 @@ impl CaptureCore {
         self.volume(volume).is_some_and(|v| v.order == CaptureOrder::CatchUp)
     }
 
-    /// When the closed gate opens alone, on the monotonic clock; the driver sends a
-    /// `Event::Tick` then.
+    /// When the closed gate opens alone, or the next answer that is held back is given, on the
+    /// monotonic clock; the driver sends a `Event::Tick` then.
     #[must_use]
     pub fn next_deadline(&self) -> Option<u64> {
-        self.gate.deadline_ms()
+        [self.gate.deadline_ms(), self.brake.deadline_ms()].into_iter().flatten().min()
     }
 
     /// What a reader lacks that has everything up to the volume's `released`: dirty chunks, and
@@ -226,6 +230,8 @@ impl CaptureCore {
             writes: v.figures.writes,
             written_bytes: v.figures.written_bytes,
             backing_errors: v.figures.backing_errors,
+            throttle_ms: v.throttle_ms(self.limits.throttle_ms),
+            throttled: v.figures.throttled,
             in_flight: v.locks.claims(),
             intent: v.intent.as_ref().map(|intent| IntentStatus {
                 set: intent.set_regions(),

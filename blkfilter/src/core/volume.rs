@@ -6,6 +6,7 @@ use farshore_extent::{
     BlockSizes, CaptureOrder, ChunkMap, ChunkSize, Epoch, Extent, Lsn, Seq, VolumeId, VolumeSize,
 };
 
+use super::brake::delay_ms;
 use super::compare::Compare;
 use super::event::{Action, Buffer, Now, PoolSlot, VolumeKey};
 use super::intent::Intent;
@@ -48,6 +49,8 @@ pub(super) struct Figures {
     pub(super) writes: u64,
     pub(super) written_bytes: u64,
     pub(super) backing_errors: u64,
+    /// Writes whose answers were held back.
+    pub(super) throttled: u64,
 }
 
 #[derive(Debug)]
@@ -263,6 +266,14 @@ impl Volume {
     pub(super) fn may_copy(&self, limits: &Limits) -> bool {
         let room = !self.ring.at_least_half_full() && self.log.len() * 2 < limits.max_records;
         room && !self.held && !self.compare.is_full()
+    }
+
+    /// What the throttle does now; there is no order to keep while catching up.
+    pub(super) fn throttle_ms(&self, longest: u64) -> u64 {
+        match self.order {
+            CaptureOrder::Ordered => delay_ms(longest, self.ring.used(), self.ring.capacity()),
+            CaptureOrder::CatchUp => 0,
+        }
     }
 
     /// Ends the catch-up when nothing is left to be sent.

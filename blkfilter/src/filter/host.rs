@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use farshore_extent::{Epoch, Extent, Lsn, MarkerId, VolumeId, VolumeSize, WallTime};
 
@@ -45,6 +45,8 @@ pub(super) struct Shared {
     pub(super) last_watcher: u64,
     /// Nobody waits any more.
     pub(super) stopping: bool,
+    /// Tells [`Host::keep_time`] that there is a deadline.
+    deadline: Arc<Condvar>,
     out: Vec<Action>,
 }
 
@@ -86,6 +88,7 @@ impl Host {
             next_queue: 0,
             last_watcher: 0,
             stopping: false,
+            deadline: Arc::default(),
             out: Vec::new(),
         };
         Self { shared: Mutex::new(shared), started: Instant::now() }
@@ -115,6 +118,9 @@ impl Host {
             let shared = &mut *self.lock();
             let value = act(&mut shared.core, now, &mut shared.out);
             shared.hand_out(mine, own, &mut wake);
+            if shared.core.next_deadline().is_some() {
+                wake.waiters.push(Arc::clone(&shared.deadline));
+            }
             value
         };
         wake.wake();
@@ -154,6 +160,32 @@ impl Host {
 
     pub(super) fn close_queue(&self, id: QueueId) {
         self.lock().queues.remove(&id);
+    }
+
+    /// Sends the core its ticks until [`Self::stop_waits`]: needed where answers may be held back.
+    pub fn keep_time(&self) {
+        let mut shared = self.lock();
+        let deadline = Arc::clone(&shared.deadline);
+        while !shared.stopping {
+            let now = self.now().mono_ms;
+            match shared.core.next_deadline() {
+                None => shared = deadline.wait(shared).unwrap_or_else(PoisonError::into_inner),
+                Some(at) if at > now => {
+                    let rest = Duration::from_millis(at - now);
+                    let waited = deadline.wait_timeout(shared, rest);
+                    shared = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+                Some(_) => {
+                    drop(shared);
+                    self.command(|core, now, out| core.step(now, Event::Tick, out));
+                    shared = self.lock();
+                }
+            }
+        }
+        // Nobody keeps time any more.
+        drop(shared);
+        let end = |core: &mut CaptureCore, now, out: &mut Vec<Action>| core.end_throttle(now, out);
+        self.command(end);
     }
 
     /// Attaches a volume to the core.
@@ -356,6 +388,7 @@ impl Host {
         let mut shared = self.lock();
         shared.stopping = true;
         shared.lines.values().for_each(|line| line.news.notify_all());
+        shared.deadline.notify_all();
     }
 }
 

@@ -15,7 +15,9 @@ use super::schedule::Plan;
 use super::serving::{NotRemoved, NotStarted, Serving};
 use super::state::{Front, StateDir, VolumeRecord};
 use crate::backing::{Backing, Mode};
-use crate::control::{AttachKind, CopyProgress, IntentInfo, VolumeInfo, VolumeStatus};
+use crate::control::{
+    AttachKind, CopyProgress, IntentInfo, ThrottleInfo, VolumeInfo, VolumeStatus,
+};
 use crate::core::{Attach, IntentLoss, IntentStart};
 use crate::filter::{CopyLoop, FilterConfig, Host, SharedState};
 use crate::frontend::users::Users;
@@ -299,6 +301,7 @@ impl Attached {
     pub(super) fn status(&self) -> Option<VolumeStatus> {
         let core = self.ground.host.status(self.id())?;
         let device = self.filtering.device();
+        let longest_ms = self.ground.config.limits.throttle_ms;
         Some(VolumeStatus {
             info: VolumeInfo { size: device.backing().size(), ..self.info.clone() },
             order: core.order,
@@ -321,6 +324,11 @@ impl Attached {
             written_bytes: core.written_bytes,
             reads: device.reads(),
             backing_errors: core.backing_errors + device.read_errors(),
+            throttle: (longest_ms > 0).then_some(ThrottleInfo {
+                longest_ms,
+                delay_ms: core.throttle_ms,
+                writes: core.throttled,
+            }),
             intent: core.intent.map(|intent| IntentInfo {
                 marked: intent.set,
                 cap: intent.cap,

@@ -83,6 +83,13 @@ impl Daemon {
             roots: HostRoots::default(),
             lingering: Arc::default(),
         };
+        if config.limits.throttle_ms > 0 {
+            let host = Arc::clone(&host);
+            Builder::new()
+                .name("throttle".into())
+                .spawn(move || host.keep_time())
+                .map_err(failed)?;
+        }
         let service = Arc::new(Service::new(ground, records).map_err(failed)?);
         service.keep_marker();
         let attaching = Attaching::start(&service).map_err(failed)?;

@@ -165,6 +165,8 @@ mod tests {
             writes: 0,
             written_bytes: 0,
             backing_errors: 0,
+            throttle_ms: 0,
+            throttled: 0,
             in_flight: 0,
             intent: None,
         }

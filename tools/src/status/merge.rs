@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use farshore_blkfilter::control::{CopyWaits, IntentInfo, VerifyProgress, VolumeStatus};
+use farshore_blkfilter::control::{
+    CopyWaits, IntentInfo, ThrottleInfo, VerifyProgress, VolumeStatus,
+};
 use farshore_extent::{CaptureOrder, PairState, Problem, VolumeId, VolumeName, WallTime};
 use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus, SpoolInfo};
 use serde::Serialize;
@@ -77,6 +79,8 @@ pub struct Row {
     pub verify: Option<VerifyProgress>,
     /// Source: regions that a crash of filterd now would have sent again.
     pub intent: Option<IntentInfo>,
+    /// Source: the throttle; none when it is off.
+    pub throttle: Option<ThrottleInfo>,
 }
 
 /// What is wrong, and with what.
@@ -170,6 +174,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         spool: None,
         verify: None,
         intent: None,
+        throttle: None,
     }
 }
 
@@ -227,6 +232,7 @@ fn of_source(
         spool: known.map(|k| k.spool.clone()),
         verify: Some(v.verify.clone()),
         intent: v.intent.clone(),
+        throttle: v.throttle,
     }
 }
 
@@ -243,6 +249,7 @@ fn both(target: Row, source: Row) -> Row {
         spool: source.spool,
         verify: source.verify,
         intent: source.intent,
+        throttle: source.throttle,
         ..target
     }
 }

@@ -54,6 +54,7 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
     text.push_str(&copies(&report.volumes));
     text.push_str(&verifies(&report.volumes));
     text.push_str(&spools(report));
+    text.push_str(&throttles(&report.volumes));
     text.push_str(&problems(&report.problems));
     text
 }
@@ -128,6 +129,20 @@ fn spools(report: &StatusReport) -> String {
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
+/// Whose writes are slowed down now.
+fn throttles(rows: &[Row]) -> String {
+    let line = |row: &Row| {
+        let throttle = row.throttle.as_ref().filter(|throttle| throttle.delay_ms > 0)?;
+        let (now, most) = (throttle.delay_ms, throttle.longest_ms);
+        Some(format!(
+            "{}: each write waits {now} ms (at most {most}): the pool is nearly full\n",
+            row.volume
+        ))
+    };
+    let lines: String = rows.iter().filter_map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
 fn tone(state: PairState) -> Tone {
     match state {
         PairState::Protected => Tone::Good,
@@ -191,7 +206,8 @@ fn problems(problems: &[Trouble]) -> String {
 pub mod tests_data {
     //! Three volumes: well, slow, and being copied.
     use farshore_blkfilter::control::{
-        Attachment, BackendKind, CopyProgress, IntentInfo, VerifyProgress, VolumeInfo, VolumeStatus,
+        Attachment, BackendKind, CopyProgress, IntentInfo, ThrottleInfo, VerifyProgress,
+        VolumeInfo, VolumeStatus,
     };
     use farshore_extent::{
         BlockSizes, CaptureOrder, Epoch, Lsn, PairState, Problem, Seq, VolumeId, VolumeName,
@@ -309,6 +325,7 @@ pub mod tests_data {
             reads: 10,
             backing_errors: 0,
             intent: Some(IntentInfo { marked: 7, cap: 1024, region_bytes: 16 << 20, kept: true }),
+            throttle: Some(ThrottleInfo { longest_ms: 20, delay_ms: 5, writes: 31 }),
         };
         let agent = AgentStatus {
             target: "backup:9443".into(),
@@ -345,6 +362,8 @@ mail    mx1   -      resync  64%  3.1s     30s     2.0 MiB  23h58m        288   
 pgdata  db1   -      protected    3.1s     30s     2.1 MiB  23h58m        288     2d ago
 
 copying mail: 64% done, 9 GiB left, at 40 MiB/s, done in about 3m50s
+
+pgdata: each write waits 5 ms (at most 20): the pool is nearly full
 
 1 problem:  files  FS-3107 link slower than change rate for 4 min (18 vs 26 MiB/s)  farshore explain FS-3107
 ";

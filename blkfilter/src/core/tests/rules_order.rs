@@ -199,6 +199,50 @@ fn only_a_log_without_room_marks_the_volume_as_overrun_and_a_wish_to_compare_tak
 }
 
 #[test]
+fn the_throttle_holds_answers_back_for_a_bounded_time_and_only_while_order_is_at_stake() {
+    let mut rig = Rig::new(Limits { throttle_ms: 20, ..limits() });
+    let v = rig.attach(64, 16, continues());
+    let mut writes = vec![];
+    for i in 0..4 {
+        let write = rig.write(v, sectors(i * 4, 4));
+        rig.finish(write);
+        writes.push(write);
+    }
+    assert!(rig.answered(writes[0]) && rig.answered(writes[1]), "there is room");
+    assert!(!rig.answered(writes[2]) && !rig.answered(writes[3]), "nearly full, and full");
+    assert_eq!(rig.core.next_deadline(), Some(1 + 1), "from three quarters on it grows");
+    assert_eq!((rig.status(v).throttle_ms, rig.status(v).throttled), (20, 2));
+    rig.now.mono_ms = 2;
+    rig.step(Event::Tick);
+    assert!(rig.answered(writes[2]) && !rig.answered(writes[3]));
+    let flush = rig.flush(v);
+    rig.finish(flush);
+    assert!(rig.answered(flush), "a flush needs no room");
+    rig.now.mono_ms = 1 + 20;
+    rig.step(Event::Tick);
+    assert!(rig.answered(writes[3]));
+    assert_eq!(rig.core.next_deadline(), None);
+
+    let over = rig.write(v, sectors(40, 2));
+    rig.finish(over);
+    assert_eq!(rig.status(v).order, CaptureOrder::CatchUp);
+    assert!(rig.answered(over), "order is lost: nothing is gained by waiting");
+    rig.drain();
+    assert_eq!(rig.replicas[0].image, rig.disks[0]);
+}
+
+#[test]
+fn without_a_throttle_no_answer_waits_for_room() {
+    let (mut rig, v) = Rig::ordered(64, 16);
+    for i in 0..6 {
+        let write = rig.write(v, sectors(i * 4, 4));
+        rig.finish(write);
+        assert!(rig.answered(write));
+    }
+    assert_eq!((rig.core.next_deadline(), rig.status(v).throttled), (None, 0));
+}
+
+#[test]
 fn the_last_clean_chunk_restores_order_at_its_own_number() {
     let mut rig = Rig::new(limits());
     let v = rig.attach(8, 32, copy_start());

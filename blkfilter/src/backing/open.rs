@@ -65,7 +65,7 @@ impl Backing {
     /// nobody who asks can mount, claim or lock it.
     ///
     /// # Errors
-    /// FS-4011 to FS-4029, each a reason not to use it; FS-2010 when the kernel fails to say what
+    /// FS-4011 to FS-4029, each a reason not to use it; FS-4029 when the kernel fails to say what
     /// it is. Nothing was changed then.
     pub fn open(path: &Path, mode: Mode) -> Result<Self, Problem> {
         let metadata = std::fs::metadata(path).map_err(|e| problem::cannot_look(path, &e))?;

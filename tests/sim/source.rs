@@ -80,6 +80,7 @@ impl Source {
             control_headroom: 64,
             max_pending_markers: 8,
             max_hold_ms: 50,
+            throttle_ms: if rng.chance(200) { 1 + rng.index(20) as u64 } else { 0 },
             pool_align: POOL_ALIGN,
             faults,
         };

@@ -104,9 +104,8 @@ fn all_events(paths: &Paths, limit: u32) -> Result<Vec<EventInfo>, Problem> {
     let mut events = match (target, agent) {
         (Ok(target), Ok(agent)) => [target, agent].concat(),
         (Ok(events), Err(_)) | (Err(_), Ok(events)) => events,
-        // A host is a source more often than a target.
         (Err(target), Err(agent)) => {
-            return Err(if paths.target_socket().exists() { target } else { agent });
+            return Err(if paths.state.join("agent").exists() { agent } else { target });
         }
     };
     events.sort_by_key(|event| std::cmp::Reverse(event.time));

@@ -89,9 +89,9 @@ impl<'a> Volume<'a> {
         self.site.wait_protected(&self.name);
     }
 
-    /// Cuts a point now, which must be equal to the disk: the device is not being written.
+    /// Cuts a point as soon as one can be cut; it must be equal to the disk, which nobody writes to.
     pub fn assert_point_equals_disk(&self, tag: &str) -> PointInfo {
-        let point = self.site.tag(&self.name, tag);
+        let point = self.site.tag_when_ordered(&self.name, tag);
         let view = self.site.open(&self.name, PointChoice::Id(point.point));
         let copy = self.site.fetch_view(&view, &format!("{tag}.img"));
         // What the disk holds, and not what the page cache remembers of it: a buffered read that overlaps

@@ -110,7 +110,6 @@ fn a_range_that_fails_is_told_to_the_guest_and_sent_when_it_can_be_read() {
     mapped.suspend();
     mapped.mend();
     mapped.resume();
-    site.tag_when_ordered("disk", "readable");
     volume.assert_point_equals_disk("mended");
     ended(write(&volume.device, 'd', 8 << 10, 1024)).expect("write");
     volume.assert_point_equals_disk("again");
@@ -164,7 +163,6 @@ fn a_disk_that_hangs_holds_up_only_its_own_volume() {
     mapped.suspend();
     mapped.mend();
     mapped.resume();
-    site.tag_when_ordered("disk", "readable");
     hanging.assert_point_equals_disk("failed");
     other.assert_point_equals_disk("other");
     leaves_no_old_bytes_in_the_page_cache(hanging, &mapped);
@@ -294,7 +292,6 @@ fn compare_what_is_left() {
     WAY.load_driver();
     let _daemons = site.start_again();
     let volume = Volume::again(&site, WAY, "disk");
-    site.tag_when_ordered("disk", "after");
     volume.assert_point_equals_disk("equal");
     let told = site.cli(&["verify", "disk", "--rate", "0", "--wait"]);
     assert!(told.contains("64 MiB compared"), "{told}");

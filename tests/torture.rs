@@ -70,10 +70,6 @@ impl Drop for FullSpeed {
     }
 }
 
-fn sync(site: &Site) -> CaptureOrder {
-    site.replica("disk").expect("the volume is known").order
-}
-
 #[test]
 fn a_first_copy_under_full_load_outlives_kills_and_offers_no_point_before_its_end() {
     const SIZE: u64 = 256 * MIB;
@@ -96,7 +92,7 @@ fn a_first_copy_under_full_load_outlives_kills_and_offers_no_point_before_its_en
     }
     pause(Duration::from_secs(1));
     load.stop();
-    wait_for("order", LONG, || (sync(&site) == CaptureOrder::Ordered).then_some(()));
+    wait_for("order", LONG, || site.replica("disk").filter(|r| r.order == CaptureOrder::Ordered));
     let sent = site.agent_status().expect("the agent runs").volumes[0].raw_bytes;
     assert_point_equals(&site, &image, "copied");
     assert!(sent < 8 * SIZE, "{sent} bytes were sent for {SIZE}");

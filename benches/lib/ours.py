@@ -202,11 +202,16 @@ class Replicated(_Source):
                     raise BenchError(f"no point can be cut: {refused}") from refused
                 wait_until("order restored", self.ordered, seconds=180, step=0.1)
 
+    def open_point(self, volume: str, point: str) -> str:
+        """Opens a point for reading; returns the address of its export."""
+        opened = json.loads(self.cli("failover", "test", volume, "--point", point, "--json"))
+        view = opened["views"][0]
+        return uri(view["nbd_socket"], view["export"])
+
     def verify(self) -> bool:
         """Opens the newest point and compares every byte with the source."""
-        opened = json.loads(self.cli("failover", "test", VOLUME, "--point", f"tag:bench-{self.tags}", "--json"))
-        view = opened["views"][0]
+        opened = self.open_point(VOLUME, f"tag:bench-{self.tags}")
         try:
-            return export_equals_file(uri(view["nbd_socket"], view["export"]), self.image, self.root)
+            return export_equals_file(opened, self.image, self.root)
         finally:
             self.cli("failover", "cleanup", VOLUME, "--yes")

@@ -315,7 +315,7 @@ pub struct AgentVolume {
     pub volume: VolumeId,
     /// Name.
     pub name: VolumeName,
-    /// Why it is not being shipped, if so.
+    /// Why it is not being shipped, or else what there is to say of its spool.
     pub problem: Option<farshore_extent::Problem>,
     /// Sent at least once.
     pub sent: Lsn,
@@ -335,6 +335,17 @@ pub struct AgentVolume {
     pub wire_bytes: u64,
     /// Its spool.
     pub spool: SpoolInfo,
+}
+
+impl AgentVolume {
+    /// Whether something keeps it from being shipped as it should be. That points of an outage were
+    /// merged (FS-5215) does not.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        let spool_works = !matches!(self.spool.level, SpoolLevel::Full | SpoolLevel::Failed);
+        let notice = self.spool.merged.is_some() && spool_works;
+        self.problem.is_some() && !(notice && self.problem == self.spool.problem)
+    }
 }
 
 /// Where the changes of a volume go.

@@ -189,7 +189,7 @@ fn of_source(
     let wanted = v.info.point_interval_ms.filter(|ms| *ms > 0);
     let late = rpo.is_none() || wanted.zip(rpo).is_some_and(|(w, r)| r > w.saturating_mul(2));
     let connected = agent.is_some_and(|a| a.connected);
-    let state = match (v.order, known.is_some_and(|k| k.problem.is_some())) {
+    let state = match (v.order, known.is_some_and(AgentVolume::is_broken)) {
         (_, true) => PairState::Broken,
         (CaptureOrder::CatchUp, false) if newest.is_none() => PairState::InitialSync,
         (CaptureOrder::CatchUp, false) => PairState::CatchUp,
@@ -256,6 +256,8 @@ fn both(target: Row, source: Row) -> Row {
 
 #[cfg(test)]
 mod tests {
+    use farshore_protocol::admin::{MergedPoints, SpoolLevel};
+
     use super::*;
     use crate::status::render::tests_data::{NOW, sides};
 
@@ -280,6 +282,19 @@ mod tests {
             let troubled = report.problems.iter().any(|p| p.volume.as_ref() == Some(&row.volume));
             assert_eq!(row.state == PairState::Protected, !troubled, "{}", row.volume);
         }
+    }
+
+    #[test]
+    fn merged_points_are_a_notice_and_a_spool_that_fails_is_not() {
+        let mut sides = Sides { target: None, ..sides() };
+        let volume = &mut sides.agent.as_mut().unwrap().volumes[0];
+        let notice = Problem::harmless(5215, "points were merged", "the spool was full", "wait");
+        volume.spool.merged = Some(MergedPoints { points: 3, from: NOW, to: NOW });
+        volume.spool.problem = Some(notice.clone());
+        volume.problem = Some(notice);
+        assert_ne!(merge(&sides, NOW).volumes[0].state, PairState::Broken);
+        sides.agent.as_mut().unwrap().volumes[0].spool.level = SpoolLevel::Full;
+        assert_eq!(merge(&sides, NOW).volumes[0].state, PairState::Broken);
     }
 
     #[test]

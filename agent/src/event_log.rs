@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use farshore_blkfilter::control::VolumeStatus;
+use farshore_blkfilter::control::{CopyWait, VolumeStatus};
 use farshore_extent::{CaptureOrder, Problem, VolumeId, VolumeName, WallTime};
 use farshore_protocol::admin::{AgentVolume, EventInfo, SpoolLevel};
 
@@ -40,14 +40,10 @@ impl EventLog {
     /// # Errors
     /// When there is no thread to be had.
     pub fn open(file: PathBuf) -> io::Result<Self> {
-        let text = std::fs::read_to_string(&file).unwrap_or_default();
-        let newest = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let newest = Arc::new(Mutex::new(newest));
-        trim(&mut lock(&newest));
+        let newest = Arc::new(Mutex::new(read(&file)));
         let (writer, entries) = sync_channel(WAITING);
-        let kept = newest.clone();
         let thread = std::thread::Builder::new().name("event log".into());
-        thread.spawn(move || write(&file, &entries, &kept))?;
+        thread.spawn(move || write(&file, &entries))?;
         Ok(Self { newest, writer })
     }
 
@@ -78,10 +74,10 @@ fn trim(newest: &mut VecDeque<EventInfo>) {
 }
 
 /// Until the last clone of the log is gone.
-fn write(file: &Path, entries: &Receiver<EventInfo>, kept: &Mutex<VecDeque<EventInfo>>) {
+fn write(file: &Path, entries: &Receiver<EventInfo>) {
     let mut told = false;
     for event in entries {
-        match append(file, &event, kept) {
+        match append(file, &event) {
             Ok(()) => told = false,
             Err(error) if !std::mem::replace(&mut told, true) => {
                 let file = file.display();
@@ -92,20 +88,41 @@ fn write(file: &Path, entries: &Receiver<EventInfo>, kept: &Mutex<VecDeque<Event
     }
 }
 
-fn append(file: &Path, event: &EventInfo, kept: &Mutex<VecDeque<EventInfo>>) -> io::Result<()> {
+fn append(file: &Path, event: &EventInfo) -> io::Result<()> {
     if let Some(dir) = file.parent() {
         durable_fs::create_private_dir(dir)?;
     }
-    let mut open = OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
-    if open.metadata()?.len() > LARGEST {
-        let all: Vec<EventInfo> = lock(kept).iter().cloned().collect();
-        return durable_fs::replace(file, &lines(&all)?, 0o600);
+    let mut open =
+        OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(file)?;
+    let len = open.metadata()?.len();
+    if len > LARGEST {
+        let mut kept = read(file);
+        kept.push_back(event.clone());
+        trim(&mut kept);
+        return durable_fs::replace(file, &lines(&kept)?, 0o600);
     }
-    // In one write: a line is there or not, except in a power cut, whose half line is left out.
-    open.write_all(&lines(std::slice::from_ref(event))?)
+    let mut text = lines([event])?;
+    // In one write: a line is there or not, except in a power cut, whose half line ends here.
+    let mut last = *b"\n";
+    if let Some(end) = len.checked_sub(1) {
+        open.read_exact_at(&mut last, end)?;
+    }
+    if last != *b"\n" {
+        text.insert(0, b'\n');
+    }
+    open.write_all(&text)
 }
 
-fn lines(events: &[EventInfo]) -> io::Result<Vec<u8>> {
+/// What the file has of entries, the newest last.
+fn read(file: &Path) -> VecDeque<EventInfo> {
+    let text = std::fs::read(file).unwrap_or_default();
+    let lines = text.split(|byte| *byte == b'\n');
+    let mut kept = lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    trim(&mut kept);
+    kept
+}
+
+fn lines<'a>(events: impl IntoIterator<Item = &'a EventInfo>) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     for event in events {
         serde_json::to_writer(&mut text, event)?;
@@ -122,6 +139,7 @@ enum Topic {
     Filterd,
     Problem,
     Order,
+    CopyWait,
     Spool,
     IntentMap,
     Verify,
@@ -229,6 +247,11 @@ fn of_volume(volume: &VolumeStatus, shipped: Option<&AgentVolume>) -> Vec<(Topic
         CaptureOrder::Ordered => State::well("in order: points are cut"),
         CaptureOrder::CatchUp => State::trouble(3103, format!("no points: {}", volume.reason)),
     };
+    let wait = match volume.copy_waits.as_ref().map(|waits| waits.wait) {
+        None => State::well("no copy waits"),
+        Some(CopyWait::StartTime) => State::news("the first copy waits for its start time"),
+        Some(CopyWait::Window) => State::news("the copy waits for the resync window"),
+    };
     let kept = volume.intent.as_ref().is_none_or(|map| map.kept);
     let map = if kept {
         State::well("the intent map is kept again")
@@ -254,6 +277,7 @@ fn of_volume(volume: &VolumeStatus, shipped: Option<&AgentVolume>) -> Vec<(Topic
     let mut states = vec![
         (Topic::Attached, attached),
         (Topic::Order, order),
+        (Topic::CopyWait, wait),
         (Topic::IntentMap, map),
         (Topic::Verify, verify),
         (Topic::Disk, disk),
@@ -313,8 +337,12 @@ mod tests {
         drop(log);
         let half = b"{\"time\": 5, \"co";
         std::fs::File::options().append(true).open(&file).unwrap().write_all(half).unwrap();
-        let log = EventLog::open(file).unwrap();
+        let log = EventLog::open(file.clone()).unwrap();
         assert_eq!(log.newest(0), [event(3), event(2), event(1)]);
+        log.add(event(4));
+        wait_for_lines(&file, 5);
+        drop(log);
+        assert_eq!(read(&file), [event(1), event(2), event(3), event(4)]);
     }
 
     #[test]

@@ -476,9 +476,7 @@ impl Attached {
         self.filtering.end();
         self.filtering.detach(grace)?;
         let backing = self.filtering.device().backing();
-        backing.sync().map_err(|e| problem::state(backing.path(), &e))?;
-        backing.forget_cached();
-        Ok(())
+        backing.sync().map_err(|e| problem::state(backing.path(), &e))
     }
 
     /// The same for whoever cannot wait: as soon as everybody has let go.

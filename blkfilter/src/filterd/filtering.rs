@@ -114,7 +114,10 @@ impl Filtering {
             return Err(problem::busy(&self.name));
         }
         match self.host.detach(self.key) {
-            Ok(()) | Err(Refused::NoSuchVolume) => Ok(()),
+            Ok(()) | Err(Refused::NoSuchVolume) => {
+                self.device.backing().forget_cached();
+                Ok(())
+            }
             Err(Refused::Busy(_)) => Err(problem::busy(&self.name)),
             Err(other) => Err(problem::refused(&other)),
         }

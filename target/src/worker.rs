@@ -443,7 +443,7 @@ impl Worker {
                 tracing::debug!(volume = %name, %marker, %lsn, "a marker is no point");
             }
             StoreEvent::OrderLost { lsn, .. } => {
-                note(3002, format!("order was lost at {lsn}: points stop until all is sent again"));
+                note(3002, format!("order was lost at {lsn}: no points until it is restored"));
             }
             StoreEvent::OrderRestored { lsn, .. } => {
                 note(0, format!("order was restored at {lsn}: points are cut again"));

@@ -5,51 +5,19 @@ mod harness;
 use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use farshore_protocol::admin::PointChoice;
+use harness::load::Load;
 use harness::{Site, assert_same_bytes, run, said, wait_for};
 
 const SIZE: u64 = 64 << 20;
+const LOAD: [&str; 3] = ["--bsrange=4k-64k", "--size=64m", "--rate=16m"];
 
 /// Fills the volume with bytes that do not compress.
 fn fill(uri: &str) {
     let script = "import os\nfor i in range(64): h.pwrite(os.urandom(1 << 20), i << 20)\nh.flush()";
     run("nbdsh", &["-u", uri, "-c", script]);
-}
-
-fn assert_point_equals(site: &Site, image: &Path, name: &str) {
-    let point = site.tag_when_ordered("disk", name);
-    let view = site.open("disk", PointChoice::Id(point.point));
-    let copy = site.fetch_view(&view, &format!("{name}.img"));
-    assert_same_bytes(image, &copy, "source and point differ");
-    site.close(&view);
-}
-
-/// A guest that writes until it is dropped.
-struct Load(Child);
-
-impl Load {
-    fn start(uri: &str) -> Self {
-        let uri = format!("--uri={uri}");
-        let how = ["--name=load", "--ioengine=nbd", "--direct=1", "--thread=1", "--time_based"];
-        let what = ["--rw=randwrite", "--bsrange=4k-64k", "--size=64m", "--iodepth=8"];
-        let mut fio = Command::new("fio");
-        fio.args(how).args(what).args(["--runtime=600", "--rate=16m", &uri]);
-        Self(fio.stdout(Stdio::null()).spawn().expect("fio"))
-    }
-
-    fn stop(mut self) {
-        assert!(self.0.try_wait().expect("fio").is_none(), "the guest had an error");
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        self.0.kill().and_then(|()| self.0.wait()).ok();
-    }
 }
 
 #[test]
@@ -59,7 +27,7 @@ fn after_a_crash_only_what_differs_is_sent() {
     let (image, uri) = site.protect("disk", SIZE, "1s");
     fill(&uri);
     site.wait_protected("disk");
-    assert_point_equals(&site, &image, "filled");
+    site.assert_point_equals("disk", "filled", &image);
     let before = site.wait_protected("disk").journaled;
 
     // Writes that nobody outside has: they are in the pool of the filterd that dies.
@@ -72,7 +40,7 @@ fn after_a_crash_only_what_differs_is_sent() {
     });
     let agent = site.agent_status().expect("the agent runs");
     let sent = agent.volumes[0].raw_bytes;
-    assert_point_equals(&site, &image, "after");
+    site.assert_point_equals("disk", "after", &image);
     assert!((3 << 20..16 << 20).contains(&sent), "{sent} bytes were sent for 3 MiB that differ");
 }
 
@@ -108,7 +76,7 @@ fn a_seeded_replica_gets_what_differs_and_has_no_point_before_everything_was_com
 
     site.cli(&["resync", "disk", "--yes", "--wait"]);
     site.wait_protected("disk");
-    assert_point_equals(&site, &image, "seeded");
+    site.assert_point_equals("disk", "seeded", &image);
     let sent = site.agent_status().expect("the agent runs").volumes[0].raw_bytes;
     assert!((600 << 10..4 << 20).contains(&sent), "{sent} bytes were sent for 600 KiB that differ");
 }
@@ -143,7 +111,7 @@ fn a_verify_raises_no_false_alarm_and_finds_exactly_what_differs() {
     let (image, uri) = site.protect("disk", SIZE, "1s");
     fill(&uri);
     site.wait_protected("disk");
-    let load = Load::start(&uri);
+    let load = Load::start(&uri, &LOAD);
     for _ in 0..3 {
         let told = site.cli(&["verify", "disk", "--rate", "0", "--wait"]);
         assert!(told.contains("64 MiB compared"), "{told}");
@@ -161,7 +129,7 @@ fn a_verify_raises_no_false_alarm_and_finds_exactly_what_differs() {
 
     let told = site.cli(&["resync", "disk", "--yes", "--wait"]);
     assert!(told.contains("equal to it again"), "{told}");
-    assert_point_equals(&site, &image, "repaired");
+    site.assert_point_equals("disk", "repaired", &image);
     site.cli(&["verify", "disk", "--rate", "0", "--wait"]);
 }
 
@@ -176,7 +144,7 @@ fn a_first_copy_ends_while_a_guest_writes_without_a_pause() {
     let how = ["--policy", "300ms", "--attach", "socket", "--start-at", later.trim()];
     let path = image.to_str().expect("UTF-8");
     site.cli(&[&["protect", path, "--name", "disk"][..], &how].concat());
-    let load = Load::start(&site.nbd_uri("disk"));
+    let load = Load::start(&site.nbd_uri("disk"), &LOAD);
     let writes = || {
         let status: serde_json::Value =
             serde_json::from_str(&site.cli(&["status", "--json"])).ok()?;
@@ -188,7 +156,7 @@ fn a_first_copy_ends_while_a_guest_writes_without_a_pause() {
         site.points("disk").into_iter().next()
     });
     load.stop();
-    assert_point_equals(&site, &image, "after");
+    site.assert_point_equals("disk", "after", &image);
 }
 
 #[test]

@@ -2,13 +2,12 @@
 
 mod harness;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use farshore_blkfilter::control::{Client, CopyWait, ProtectRequest, VolumeStatus};
 use farshore_extent::{CaptureOrder, VolumeName, WallTime};
-use farshore_protocol::admin::PointChoice;
-use harness::{Site, assert_same_bytes, run, said, wait_for};
+use harness::{Site, run, said, wait_for};
 
 const SIZE: u64 = 64 << 20;
 const LONG: Duration = Duration::from_secs(60);
@@ -41,14 +40,6 @@ fn write(site: &Site, byte: char, mebibytes: u64, at: u64) {
     run("nbdsh", &["-u", &uri, "-c", &script]);
 }
 
-fn assert_point_equals(site: &Site, image: &Path, name: &str) {
-    let point = site.tag_when_ordered("disk", name);
-    let view = site.open("disk", PointChoice::Id(point.point));
-    let copy = site.fetch_view(&view, &format!("{name}.img"));
-    assert_same_bytes(image, &copy, "source and point differ");
-    site.close(&view);
-}
-
 #[test]
 fn a_first_copy_waits_for_its_start_time_over_restarts_and_can_be_started_earlier() {
     let site = Site::new();
@@ -79,7 +70,7 @@ fn a_first_copy_waits_for_its_start_time_over_restarts_and_can_be_started_earlie
 
     site.cli(&["resync", "disk", "--yes", "--wait"]);
     assert_eq!(volume(&site).copy_waits, None);
-    assert_point_equals(&site, &image, "early");
+    site.assert_point_equals("disk", "early", &image);
 }
 
 #[test]
@@ -102,7 +93,7 @@ fn a_first_copy_starts_by_itself_at_its_time() {
     write(&site, 'a', 8, 0);
     site.wait_protected("disk");
     assert!(WallTime::now() >= start, "it started too early");
-    assert_point_equals(&site, &image, "in-time");
+    site.assert_point_equals("disk", "in-time", &image);
 }
 
 #[test]
@@ -129,7 +120,7 @@ fn what_the_change_log_had_no_room_for_waits_for_the_window_and_starts_by_hand()
     write(&site, 'b', 12, 0);
     assert_eq!(volume(&site).order, CaptureOrder::CatchUp);
     let agent = site.start_agent();
-    assert_point_equals(&site, &image, "little");
+    site.assert_point_equals("disk", "little", &image);
 
     // Much: it waits, and the guest writes on.
     agent.kill();
@@ -154,5 +145,5 @@ fn what_the_change_log_had_no_room_for_waits_for_the_window_and_starts_by_hand()
 
     site.cli(&["resync", "disk", "--yes", "--wait"]);
     assert_eq!(volume(&site).copy_waits, None);
-    assert_point_equals(&site, &image, "much");
+    site.assert_point_equals("disk", "much", &image);
 }

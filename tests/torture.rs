@@ -5,32 +5,15 @@ mod harness;
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use farshore_extent::CaptureOrder;
-use farshore_protocol::admin::PointChoice;
-use harness::{Site, assert_same_bytes, pause, run, said, wait_for};
+use harness::load::{Load, fio};
+use harness::{Site, pause, run, said, wait_for};
 
 const MIB: u64 = 1 << 20;
 const LONG: Duration = Duration::from_secs(120);
-
-/// fio on an NBD address, without verification: its writes race with each other.
-fn fio(uri: &str, arguments: &[&str]) -> Command {
-    let mut fio = Command::new("fio");
-    fio.args(["--name=load", "--ioengine=nbd", "--direct=1", "--thread=1", "--group_reporting=1"]);
-    fio.arg(format!("--uri={uri}")).args(arguments).stdout(Stdio::null()).stderr(Stdio::piped());
-    fio
-}
-
-fn assert_point_equals(site: &Site, image: &Path, name: &str) {
-    let point = site.tag_when_ordered("disk", name);
-    let view = site.open("disk", PointChoice::Id(point.point));
-    let copy = site.fetch_view(&view, &format!("{name}.img"));
-    assert_same_bytes(image, &copy, "source and point differ");
-    site.close(&view);
-}
 
 #[test]
 fn writers_that_race_on_overlapping_ranges_leave_replica_and_disk_equal() {
@@ -46,27 +29,7 @@ fn writers_that_race_on_overlapping_ranges_leave_replica_and_disk_equal() {
         let mut fio = fio(&uri, &[&jobs[..], &sizes, &["--scramble_buffers=1", &seed]].concat());
         let out = fio.output().expect("fio");
         assert!(out.status.success(), "{}", said(&out));
-        assert_point_equals(&site, &image, &format!("round-{round}"));
-    }
-}
-
-/// A guest that writes as fast as it can until it is dropped.
-struct FullSpeed(Child);
-
-impl FullSpeed {
-    fn start(uri: &str, size: &str) -> Self {
-        let how = ["--rw=randwrite", "--bs=64k", "--iodepth=8", "--time_based", "--runtime=600"];
-        Self(fio(uri, &[&how[..], &[size]].concat()).spawn().expect("fio"))
-    }
-
-    fn stop(mut self) {
-        assert!(self.0.try_wait().expect("fio").is_none(), "the guest had an error");
-    }
-}
-
-impl Drop for FullSpeed {
-    fn drop(&mut self) {
-        self.0.kill().and_then(|()| self.0.wait()).ok();
+        site.assert_point_equals("disk", &format!("round-{round}"), &image);
     }
 }
 
@@ -79,7 +42,7 @@ fn a_first_copy_under_full_load_outlives_kills_and_offers_no_point_before_its_en
     let of = format!("of={}", image.display());
     run("dd", &["if=/dev/urandom", &of, "bs=1M", "count=256", "status=none"]);
     site.protect_image("disk", &image, "100ms");
-    let load = FullSpeed::start(&site.nbd_uri("disk"), "--size=32m");
+    let load = Load::start(&site.nbd_uri("disk"), &["--bs=64k", "--size=32m"]);
     for round in 0..3 {
         pause(Duration::from_millis(200));
         daemons.agent.kill();
@@ -94,7 +57,7 @@ fn a_first_copy_under_full_load_outlives_kills_and_offers_no_point_before_its_en
     load.stop();
     wait_for("order", LONG, || site.replica("disk").filter(|r| r.order == CaptureOrder::Ordered));
     let sent = site.agent_status().expect("the agent runs").volumes[0].raw_bytes;
-    assert_point_equals(&site, &image, "copied");
+    site.assert_point_equals("disk", "copied", &image);
     assert!(sent < 8 * SIZE, "{sent} bytes were sent for {SIZE}");
 }
 
@@ -113,7 +76,7 @@ fn a_disk_that_was_written_behind_a_clean_stop_is_found_and_compared() {
     wait_for("a point of the new epoch", LONG, || {
         site.points("disk").into_iter().find(|p| p.lsn.epoch > before.epoch)
     });
-    assert_point_equals(&site, &image, "compared");
+    site.assert_point_equals("disk", "compared", &image);
 }
 
 #[test]
@@ -137,5 +100,5 @@ fn an_agent_that_may_not_read_its_folders_says_so_and_the_guest_does_not_notice(
     assert!(named && !told.contains("panicked"), "{told}");
     run("nbdsh", &["-u", &uri, "-c", "h.pwrite(b'n' * 1048576, 5 << 20)\nh.flush()"]);
     let _agent = site.start_agent();
-    assert_point_equals(&site, &image, "after");
+    site.assert_point_equals("disk", "after", &image);
 }

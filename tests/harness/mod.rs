@@ -3,9 +3,12 @@
 //! waited for.
 #![allow(dead_code)] // each test file uses its part
 
+pub mod load;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -414,6 +417,22 @@ impl Site {
         let to = self.root().join(name);
         run("nbdcopy", &[&view_uri(view), to.to_str().expect("UTF-8")]);
         to
+    }
+
+    /// Cuts a point as soon as one can be cut; it must be equal to the disk, which nobody writes to.
+    pub fn assert_point_equals(&self, volume: &str, name: &str, disk: &Path) -> PointInfo {
+        let point = self.tag_when_ordered(volume, name);
+        let view = self.open(volume, PointChoice::Id(point.point));
+        let copy = self.fetch_view(&view, &format!("{name}.img"));
+        if std::fs::metadata(disk).expect("disk").file_type().is_block_device() {
+            // What the disk holds, and not what the page cache remembers of it: a buffered read that
+            // overlaps a direct write may leave the old bytes there.
+            run("blockdev", &["--flushbufs", disk.to_str().expect("UTF-8")]);
+        }
+        assert_same_bytes(disk, &copy, "disk and point differ");
+        std::fs::remove_file(copy).expect("the copy goes away");
+        self.close(&view);
+        point
     }
 }
 

@@ -1,4 +1,5 @@
-//! A device-mapper device over a disk of the machine: ranges that fail, and a disk that stands still.
+//! A device-mapper device over a disk of the machine: ranges that fail, a disk that is slow,
+//! and one that stands still.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,15 @@ impl Mapped {
     /// All of it works from the next [`Self::resume`] on.
     pub fn mend(&self) {
         self.table(&self.linear(0, self.sectors));
+    }
+
+    /// From now on reads and writes take so much longer.
+    pub fn delay(&self, reads_ms: u32, writes_ms: u32) {
+        guest::load("dm_delay");
+        let disk = self.disk.display();
+        let both = format!("{disk} 0 {reads_ms} {disk} 0 {writes_ms}");
+        self.table(&format!("0 {} delay {both}\n", self.sectors));
+        self.resume();
     }
 
     fn table(&self, table: &str) {

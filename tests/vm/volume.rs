@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use farshore_protocol::admin::{PointChoice, PointInfo, ViewInfo};
+use farshore_protocol::admin::{PointInfo, ViewInfo};
 
 use crate::guest;
-use crate::harness::{Site, assert_same_bytes, run, said, wait_for};
+use crate::harness::{Site, run, said, wait_for};
 
 /// How the machine reaches a protected volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,16 +91,7 @@ impl<'a> Volume<'a> {
 
     /// Cuts a point as soon as one can be cut; it must be equal to the disk, which nobody writes to.
     pub fn assert_point_equals_disk(&self, tag: &str) -> PointInfo {
-        let point = self.site.tag_when_ordered(&self.name, tag);
-        let view = self.site.open(&self.name, PointChoice::Id(point.point));
-        let copy = self.site.fetch_view(&view, &format!("{tag}.img"));
-        // What the disk holds, and not what the page cache remembers of it: a buffered read that overlaps
-        // a direct write may leave the old bytes there.
-        run("blockdev", &["--flushbufs", self.backing.to_str().expect("UTF-8")]);
-        assert_same_bytes(&self.backing, &copy, "disk and point differ");
-        std::fs::remove_file(copy).expect("the copy goes away");
-        self.site.close(&view);
-        point
+        self.site.assert_point_equals(&self.name, tag, &self.backing)
     }
 
     /// Detaches; the disk keeps its content.

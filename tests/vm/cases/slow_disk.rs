@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use farshore_blkfilter::control::Client;
 
 use crate::harness::{Site, run, said, wait_for};
 use crate::image::Disk;
+use crate::mapper::Mapped;
 use crate::volume::{Volume, Way};
 use crate::{Group, case_list, guest};
 
@@ -29,54 +30,6 @@ pub const GROUP: Group = Group {
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// A device-mapper device over a disk of the group that delays reads and writes; gone when dropped.
-struct Slow {
-    name: &'static str,
-    disk: PathBuf,
-}
-
-impl Slow {
-    fn new(disk: &'static str) -> Self {
-        guest::load("dm_delay");
-        let slow = Self { name: "slow", disk: guest::disk(disk) };
-        run("dmsetup", &["create", slow.name, "--table", &slow.table(0, 0)]);
-        run("dmsetup", &["mknodes"]);
-        slow
-    }
-
-    fn table(&self, reads_ms: u32, writes_ms: u32) -> String {
-        let disk = self.disk.display();
-        format!("0 {} delay {disk} 0 {reads_ms} {disk} 0 {writes_ms}", 64 << 11)
-    }
-
-    /// From now on reads and writes take so much longer.
-    fn delay(&self, reads_ms: u32, writes_ms: u32) {
-        run("dmsetup", &["reload", self.name, "--table", &self.table(reads_ms, writes_ms)]);
-        run("dmsetup", &["resume", self.name]);
-    }
-
-    /// From now on nothing is answered.
-    fn suspend(&self) {
-        run("dmsetup", &["suspend", self.name]);
-    }
-
-    fn resume(&self) {
-        run("dmsetup", &["resume", self.name]);
-    }
-
-    fn path(&self) -> PathBuf {
-        fs::canonicalize(Path::new("/dev/mapper").join(self.name)).expect("its node")
-    }
-}
-
-impl Drop for Slow {
-    fn drop(&mut self) {
-        // Of a case that has failed its machine is thrown away.
-        Command::new("dmsetup").args(["resume", self.name]).status().ok();
-        Command::new("dmsetup").args(["remove", "--retry", self.name]).status().ok();
-    }
-}
-
 fn protect(site: &Site, disk: &Path, way: &str) -> Child {
     let mut command = Command::new(crate::harness::farshore_bin());
     command.arg("--root").arg(site.root()).arg("protect").arg(disk);
@@ -88,7 +41,7 @@ fn protect(site: &Site, disk: &Path, way: &str) -> Child {
 fn filterd_killed_during_the_search_for_partitions_is_followed_by_one_that_serves() {
     let site = Site::new();
     let filterd = site.start_filterd();
-    let slow = Slow::new("disk");
+    let slow = Mapped::new("disk");
     Way::Ublk.load_driver();
     let disk = slow.path();
     partition(&disk);
@@ -120,7 +73,7 @@ fn partition(disk: &Path) {
 fn a_start_that_hangs_is_given_up_and_filterd_stays_usable() {
     let site = Site::new();
     let filterd = site.start_filterd();
-    let slow = Slow::new("disk");
+    let slow = Mapped::new("disk");
     Way::Ublk.load_driver();
     let disk = slow.path();
     partition(&disk);
@@ -159,7 +112,7 @@ fn a_start_that_hangs_is_given_up_and_filterd_stays_usable() {
 fn a_device_that_is_lost_with_a_write_under_way_comes_back_when_the_write_has_ended() {
     let site = Site::new();
     let _filterd = site.start_filterd();
-    let slow = Slow::new("disk");
+    let slow = Mapped::new("disk");
     Way::Nbd.load_driver();
     let out = protect(&site, &slow.path(), "nbd").wait_with_output().expect("protect");
     assert!(out.status.success(), "{}", said(&out));
@@ -215,7 +168,7 @@ fn helpers() -> usize {
 fn what_a_killed_filterd_has_under_way_ends_before_the_next_one_serves() {
     let site = Site::new();
     let filterd = site.start_filterd();
-    let slow = Slow::new("disk");
+    let slow = Mapped::new("disk");
     Way::Ublk.load_driver();
     let out = protect(&site, &slow.path(), "ublk").wait_with_output().expect("protect");
     assert!(out.status.success(), "{}", said(&out));

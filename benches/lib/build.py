@@ -33,6 +33,6 @@ def farshore() -> Path:
 
 
 @functools.cache
-def example(name: str) -> Path:
-    """A helper of the benchmarks (an example of the root package)."""
-    return _built(ROOT / ".build/release/examples" / name, "-p", "farshore-system", "--example", name)
+def example(name: str, package: str = "farshore-system") -> Path:
+    """A helper of the benchmarks: an example of a package."""
+    return _built(ROOT / ".build/release/examples" / name, "-p", package, "--example", name)

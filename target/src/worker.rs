@@ -56,11 +56,9 @@ pub(crate) enum Place {
     Time(WallTime),
 }
 
-/// On a volume that is never idle, expiry gets one step (20-50 ms) in so many turns.
-const EXPIRE_TURNS: u32 = 16;
-
-/// Points that could not be recorded yet; beyond this many they wait for the next start.
-const MAX_UNRECORDED: usize = 10_000;
+/// On a volume that is never idle, expiry (20-50 ms) and the merging of runs get one step in so many
+/// turns.
+const BACKGROUND_TURNS: u32 = 16;
 
 /// A running worker.
 pub(crate) struct WorkerThread(JoinHandle<()>);
@@ -151,8 +149,9 @@ impl Worker {
             }
             self.compare_step();
             self.turns += 1;
-            if self.turns >= EXPIRE_TURNS {
+            if self.turns >= BACKGROUND_TURNS {
                 self.expire_step();
+                self.merge_step();
             }
         }
     }
@@ -179,6 +178,9 @@ impl Worker {
         }
         if self.expiring.is_some() {
             self.expire_step();
+            return true;
+        }
+        if self.merge_step() {
             return true;
         }
         match self.store.as_mut().map(Store::prepare_reserve) {
@@ -461,38 +463,6 @@ impl Worker {
         }
     }
 
-    /// Writes points into the catalogue. When that fails they are kept and tried again with the
-    /// next commit, and at the next start the journal still knows them.
-    fn record(&mut self, points: Vec<NewPoint>, upto: Lsn) {
-        let room = MAX_UNRECORDED.saturating_sub(self.unrecorded.len());
-        self.unrecorded.extend(points.into_iter().take(room));
-        if !self.unrecorded.is_empty() {
-            let recorded = self.catalogue.lock().add_points(
-                self.replica.volume,
-                &self.unrecorded,
-                upto,
-                self.clock.now(),
-            );
-            if let Err(error) = recorded {
-                tracing::error!(volume = %self.name(), %error, "points were not recorded");
-                return;
-            }
-            self.unrecorded.clear();
-            self.replica.update(|facts| {
-                facts.row.points_upto = facts.row.points_upto.max(upto);
-            });
-            self.recount();
-        }
-        self.replica.points_reach(upto);
-    }
-
-    fn recount(&self) {
-        match self.catalogue.lock().point_summary(self.replica.volume) {
-            Ok(points) => self.replica.update(|facts| facts.points = points),
-            Err(error) => tracing::error!(%error, "points cannot be counted"),
-        }
-    }
-
     fn view(&mut self, at: Place) -> Result<(PointReader, WallTime), Problem> {
         let name = self.name();
         let Some(store) = &mut self.store else {
@@ -531,6 +501,18 @@ impl Worker {
                 self.publish_position();
             }
             Err(error) => self.store_failed(&error),
+        }
+    }
+
+    /// One bounded step of merging runs; whether there is more.
+    fn merge_step(&mut self) -> bool {
+        match self.store.as_mut().map(Store::merge_runs) {
+            None => false,
+            Some(Ok(more)) => more,
+            Some(Err(error)) => {
+                self.store_failed(&error);
+                false
+            }
         }
     }
 

@@ -152,6 +152,7 @@ planted! {
     finds_a_floor_lowered_by_a_crash: store.floor_lowered_after_crash;
     finds_segments_deleted_too_early: store.segments_deleted_before_base_synced;
     finds_super_written_too_early: store.super_before_base_sync;
+    finds_a_run_in_which_the_oldest_wins: store.run_oldest_wins;
     finds_a_sync_that_was_tried_again: store.sync_retried;
     finds_a_name_that_was_not_durable: store.no_dir_sync;
     finds_a_batch_taken_twice: store.no_duplicate_filter;

@@ -60,6 +60,8 @@ impl Target {
             reserve_segments: 1,
             apply_segments: 1 + rng.index(3),
             apply_step_bytes: 512 * (1 + rng.below(64)),
+            run_fanout: 2 + rng.below(3),
+            merge_step: 1 + rng.index(40),
             faults,
         };
         Self {
@@ -239,6 +241,32 @@ impl Target {
         well
     }
 
+    /// Makes runs for a while.
+    pub fn merge(&mut self, rng: &mut Rng, coverage: &mut Coverage) -> bool {
+        let mut well = true;
+        for replica in self.replicas.values_mut() {
+            let Some(store) = &mut replica.store else { continue };
+            for _ in 0..1 + rng.below(20) {
+                let before = store.run_size().0;
+                match store.merge_runs() {
+                    Ok(true) if store.run_size().0 > before => coverage.saw(Seen::RunMade),
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(_) => {
+                        coverage.saw(if replica.disk.is_down() {
+                            Seen::CrashInMerge
+                        } else {
+                            Seen::SyncFailed
+                        });
+                        well = false;
+                        break;
+                    }
+                }
+            }
+        }
+        well
+    }
+
     /// Opens a view that stays, or compares and closes the one that is open.
     pub fn pin_or_unpin(&mut self, rng: &mut Rng, source: &Source, coverage: &mut Coverage) {
         for (volume, replica) in &mut self.replicas {
@@ -262,6 +290,9 @@ impl Target {
             if let Some(lsn) = replica.random_point(rng) {
                 replica.check(*volume, lsn, source);
                 coverage.saw(Seen::PointChecked);
+                if replica.view(lsn).is_some_and(|view| view.runs() > 0) {
+                    coverage.saw(Seen::PointThroughRun);
+                }
             }
             if let Some(lsn) = replica.random_moment(rng) {
                 replica.check(*volume, lsn, source);

@@ -32,6 +32,7 @@ struct Weather {
     disk_lost: u64,
     faulty_disk: bool,
     expiry: u64,
+    merge: u64,
     grow: u64,
 }
 
@@ -48,6 +49,7 @@ impl Weather {
             target_crash: rate(600, 5),
             disk_lost: rate(50, 1),
             expiry: rate(600, 12),
+            merge: rate(700, 120),
             grow: rate(300, 4),
             faulty_disk: rate(500, 1) > 0,
             steps: 800 + rate(1000, 2400),
@@ -150,6 +152,9 @@ impl World {
             self.target.lose_disk(rng);
         }
         if rng.chance(weather.expiry) && !self.target.expire(rng, &mut self.coverage) {
+            self.crash_target(rng);
+        }
+        if rng.chance(weather.merge) && !self.target.merge(rng, &mut self.coverage) {
             self.crash_target(rng);
         }
         if rng.chance(weather.grow) {

@@ -34,6 +34,9 @@ pub enum BatchError {
     /// The header's checksum is wrong.
     #[error("checksum of the batch header does not match")]
     HeaderChecksum,
+    /// The checksum of header and tables is wrong.
+    #[error("checksum of the batch's tables does not match")]
+    FrontChecksum,
     /// A length, count or order that no writer produces.
     #[error("batch header field {0} is impossible")]
     Field(&'static str),
@@ -191,7 +194,7 @@ impl BatchHeader {
         let needed = self.payload_offset();
         let front =
             front.get(..needed).ok_or(BatchError::Truncated { needed, have: front.len() })?;
-        let batch = CheckedBatch { header: *self, bytes: front };
+        let batch = BatchFront { header: *self, bytes: front };
         let bad = |(index, record): (usize, Result<Record, _>)| {
             record.map_err(|source| BatchError::Record { index, source })
         };
@@ -273,35 +276,52 @@ impl<'a> RawBatch<'a> {
     /// [`BatchError`] naming the check.
     pub fn check_without_chain(self) -> Result<CheckedBatch<'a>, BatchError> {
         let checked = CheckedBatch { header: self.header, bytes: self.bytes };
-        checked.check_frames()?;
-        checked.check_records()?;
+        checked.front().check()?;
         Ok(checked)
     }
 }
 
-/// A batch whose every table entry is known to be good.
+/// What an index of a batch is made of, header and tables: a percent or two of its bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct CheckedBatch<'a> {
+pub struct BatchFront<'a> {
     header: BatchHeader,
     bytes: &'a [u8],
 }
 
-impl<'a> CheckedBatch<'a> {
+impl<'a> BatchFront<'a> {
+    /// Takes the front at the start of `bytes`. Its checksum comes from elsewhere: the chain of the
+    /// batch covers the payload, too.
+    ///
+    /// # Errors
+    /// [`BatchError`] naming the check.
+    pub fn parse(bytes: &'a [u8], crc: u32) -> Result<Self, BatchError> {
+        let header = BatchHeader::parse(bytes)?;
+        let needed = header.payload_offset();
+        let have = bytes.len();
+        let bytes = bytes.get(..needed).ok_or(BatchError::Truncated { needed, have })?;
+        let front = Self { header, bytes };
+        if front.crc() != crc {
+            return Err(BatchError::FrontChecksum);
+        }
+        front.check()?;
+        Ok(front)
+    }
+
     /// The header.
     #[must_use]
     pub const fn header(&self) -> &BatchHeader {
         &self.header
     }
 
-    /// The encoded bytes, as made by the source.
+    /// crc32c of its bytes.
     #[must_use]
-    pub const fn bytes(&self) -> &'a [u8] {
-        self.bytes
+    pub fn crc(&self) -> u32 {
+        crc32c::crc32c(self.bytes)
     }
 
     /// The records, in order.
     pub fn records(&self) -> impl Iterator<Item = Record> + use<'a> {
-        // check_records() has decoded every entry; filter_map drops nothing.
+        // check() has decoded every entry; filter_map drops nothing.
         self.raw_records().filter_map(Result::ok)
     }
 
@@ -315,59 +335,9 @@ impl<'a> CheckedBatch<'a> {
         })
     }
 
-    /// Reads the payload of a record into `out` (cleared first), decompressing the one or more
-    /// frames that hold it and verifying their checksums and the one made at capture.
-    ///
-    /// # Errors
-    /// [`BatchError::Frame`], [`BatchError::Payload`] or [`BatchError::Sealed`].
-    pub fn read_payload(
-        &self,
-        seq: Seq,
-        payload: PayloadRef,
-        len: usize,
-        out: &mut Vec<u8>,
-    ) -> Result<(), BatchError> {
-        if self.header.sealed {
-            return Err(BatchError::Sealed);
-        }
-        out.clear();
-        let (start, end) = (payload.raw_off as usize, payload.raw_off as usize + len);
-        let mut frame_raw = Vec::new();
-        for (index, (entry, place)) in self.frames().enumerate() {
-            let frame_start = index * FRAME_RAW;
-            let frame_end = frame_start + entry.raw_len as usize;
-            if frame_end <= start || frame_start >= end {
-                continue;
-            }
-            let stored = &self.bytes[place..place + entry.stored_len as usize];
-            entry.decode(stored, &mut frame_raw).map_err(|why| BatchError::Frame { index, why })?;
-            let from = start.max(frame_start) - frame_start;
-            let to = end.min(frame_end) - frame_start;
-            out.extend_from_slice(&frame_raw[from..to]);
-        }
-        if out.len() != len || crc32c::crc32c(out) != payload.crc {
-            return Err(BatchError::Payload { seq });
-        }
-        Ok(())
-    }
-
-    /// Reads the payload of all records into `out` (cleared first), as one stream in which
-    /// [`PayloadRef::raw_off`] counts. The checksums made at capture are left to the caller.
-    ///
-    /// # Errors
-    /// [`BatchError::Frame`] or [`BatchError::Sealed`].
-    pub fn read_all(&self, out: &mut Vec<u8>) -> Result<(), BatchError> {
-        if self.header.sealed {
-            return Err(BatchError::Sealed);
-        }
-        out.clear();
-        let mut raw = Vec::new();
-        for (index, (entry, place)) in self.frames().enumerate() {
-            let stored = &self.bytes[place..place + entry.stored_len as usize];
-            entry.decode(stored, &mut raw).map_err(|why| BatchError::Frame { index, why })?;
-            out.extend_from_slice(&raw);
-        }
-        Ok(())
+    fn check(&self) -> Result<(), BatchError> {
+        self.check_frames()?;
+        self.check_records()
     }
 
     fn table(&self) -> (&'a [u8], &'a [u8], &'a [u8]) {
@@ -425,6 +395,98 @@ impl<'a> CheckedBatch<'a> {
         }
         if first != Some(self.header.first_seq) || at != self.header.last_seq {
             return Err(BatchError::Field("sequence range"));
+        }
+        Ok(())
+    }
+}
+
+/// A batch whose every table entry is known to be good.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckedBatch<'a> {
+    header: BatchHeader,
+    bytes: &'a [u8],
+}
+
+impl<'a> CheckedBatch<'a> {
+    /// The header.
+    #[must_use]
+    pub const fn header(&self) -> &BatchHeader {
+        &self.header
+    }
+
+    /// The encoded bytes, as made by the source.
+    #[must_use]
+    pub const fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Header and tables alone.
+    #[must_use]
+    pub fn front(&self) -> BatchFront<'a> {
+        BatchFront { header: self.header, bytes: &self.bytes[..self.header.payload_offset()] }
+    }
+
+    /// The records, in order.
+    pub fn records(&self) -> impl Iterator<Item = Record> + use<'a> {
+        self.front().records()
+    }
+
+    /// The frame table, each entry with the place of its stored bytes relative to the batch.
+    pub fn frames(&self) -> impl Iterator<Item = (FrameEntry, usize)> + use<'a> {
+        self.front().frames()
+    }
+
+    /// Reads the payload of a record into `out` (cleared first), decompressing the one or more
+    /// frames that hold it and verifying their checksums and the one made at capture.
+    ///
+    /// # Errors
+    /// [`BatchError::Frame`], [`BatchError::Payload`] or [`BatchError::Sealed`].
+    pub fn read_payload(
+        &self,
+        seq: Seq,
+        payload: PayloadRef,
+        len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), BatchError> {
+        if self.header.sealed {
+            return Err(BatchError::Sealed);
+        }
+        out.clear();
+        let (start, end) = (payload.raw_off as usize, payload.raw_off as usize + len);
+        let mut frame_raw = Vec::new();
+        for (index, (entry, place)) in self.frames().enumerate() {
+            let frame_start = index * FRAME_RAW;
+            let frame_end = frame_start + entry.raw_len as usize;
+            if frame_end <= start || frame_start >= end {
+                continue;
+            }
+            let stored = &self.bytes[place..place + entry.stored_len as usize];
+            entry.decode(stored, &mut frame_raw).map_err(|why| BatchError::Frame { index, why })?;
+            let from = start.max(frame_start) - frame_start;
+            let to = end.min(frame_end) - frame_start;
+            out.extend_from_slice(&frame_raw[from..to]);
+        }
+        if out.len() != len || crc32c::crc32c(out) != payload.crc {
+            return Err(BatchError::Payload { seq });
+        }
+        Ok(())
+    }
+
+    /// Reads the payload of all records into `out` (cleared first), as one stream in which
+    /// [`PayloadRef::raw_off`] counts. The checksums made at capture are left to the caller.
+    ///
+    /// # Errors
+    /// [`BatchError::Frame`] or [`BatchError::Sealed`].
+    pub fn read_all(&self, out: &mut Vec<u8>) -> Result<(), BatchError> {
+        if self.header.sealed {
+            return Err(BatchError::Sealed);
+        }
+        out.clear();
+        let mut raw = Vec::new();
+        for (index, (entry, place)) in self.frames().enumerate() {
+            let stored = &self.bytes[place..place + entry.stored_len as usize];
+            entry.decode(stored, &mut raw).map_err(|why| BatchError::Frame { index, why })?;
+            out.extend_from_slice(&raw);
         }
         Ok(())
     }

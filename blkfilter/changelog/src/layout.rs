@@ -98,7 +98,8 @@ layout! {
 layout! {
     pub(crate) mod batch_place {
         block: 4, len: 4, epoch: 8, first_seq: 8, last_seq: 8, first_time: 8, last_time: 8,
-        chain: 32, first_frame: 4, frame_count: 4, reserved: 8
+        chain: 32, first_frame: 4, frame_count: 4, front_crc: 4,
+        reserved: 4
     }
 }
 

@@ -22,7 +22,7 @@ mod segment;
 mod segment_footer;
 mod segment_index;
 
-pub use batch::{BatchError, BatchHeader, CheckedBatch, RawBatch};
+pub use batch::{BatchError, BatchFront, BatchHeader, CheckedBatch, RawBatch};
 pub use build::{BatchBuilder, BatchContext, EncodedBatch};
 pub use frame::{Codec, FrameEntry};
 pub use record::{
@@ -31,7 +31,7 @@ pub use record::{
 pub use run::{IndexEntry, IndexPlace, MAX_ENTRY_SECTORS, RunMap, SourcePlace};
 pub use segment::{SegmentError, SegmentHeader, SegmentId, SegmentTrailer, order_after};
 pub use segment_footer::{
-    BatchPlace, ENTRIES_PER_PAGE, FooterHead, FramePlace, SegmentEvent, SegmentFooter,
-    parse_frame_page, parse_run_page,
+    BatchPlace, ENTRIES_PER_PAGE, FooterHead, FramePlace, PAGE_PAYLOAD, SegmentEvent,
+    SegmentFooter, encode_page, parse_frame_page, parse_page, parse_run_page,
 };
 pub use segment_index::{EncodedFooter, SegmentIndexBuilder};

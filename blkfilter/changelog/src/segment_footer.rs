@@ -47,6 +47,8 @@ pub struct BatchPlace {
     pub first_frame: u32,
     /// Number of its frames.
     pub frame_count: u32,
+    /// [`crate::BatchFront::crc`] of the batch.
+    pub front_crc: u32,
 }
 
 impl BatchPlace {
@@ -70,6 +72,7 @@ impl BatchPlace {
         put(dir::chain, &self.chain.to_bytes());
         put(dir::first_frame, &self.first_frame.to_le_bytes());
         put(dir::frame_count, &self.frame_count.to_le_bytes());
+        put(dir::front_crc, &self.front_crc.to_le_bytes());
         out.extend_from_slice(&bytes);
     }
 
@@ -85,6 +88,7 @@ impl BatchPlace {
             chain: Chain::from_bytes(array(bytes, dir::chain)),
             first_frame: u32_at(bytes, dir::first_frame),
             frame_count: u32_at(bytes, dir::frame_count),
+            front_crc: u32_at(bytes, dir::front_crc),
         };
         let possible = batch.place > 0
             && batch.len as usize <= MAX_BATCH_BYTES
@@ -238,7 +242,7 @@ impl FooterHead {
         })?;
         let mut stream = Vec::with_capacity(pages * PAYLOAD);
         for (index, page) in bytes.chunks_exact(SEGMENT_ALIGN).enumerate() {
-            stream.extend_from_slice(check_page(trailer.segment, KIND_HEAD, index, page)?);
+            stream.extend_from_slice(parse_page(KIND_HEAD, trailer.segment, index, page)?);
         }
         if stream.len() != trailer.head_len() {
             return Err(SegmentError::Field("head length"));
@@ -345,7 +349,7 @@ pub fn parse_frame_page(
     bytes: &[u8],
 ) -> Result<Vec<FramePlace>, SegmentError> {
     let index = trailer.head_pages() + n;
-    let payload = check_page(trailer.segment, KIND_FRAMES, index, bytes)?;
+    let payload = parse_page(KIND_FRAMES, trailer.segment, index, bytes)?;
     check_count(payload, trailer.frame_count, n)?;
     payload
         .chunks_exact(fp::END)
@@ -368,7 +372,7 @@ pub fn parse_run_page(
     bytes: &[u8],
 ) -> Result<Vec<IndexEntry>, SegmentError> {
     let index = trailer.head_pages() + trailer.frame_pages() + n;
-    let payload = check_page(trailer.segment, KIND_RUN, index, bytes)?;
+    let payload = parse_page(KIND_RUN, trailer.segment, index, bytes)?;
     check_count(payload, trailer.extent_count, n)?;
     let (entries, _) = payload.as_chunks::<16>();
     let entries: Vec<_> = entries
@@ -393,9 +397,14 @@ fn check_count(payload: &[u8], total: u32, n: usize) -> Result<(), SegmentError>
     if payload.len() == expected * 16 { Ok(()) } else { Err(SegmentError::Field("page length")) }
 }
 
-fn check_page(
-    segment: SegmentId,
+/// The payload of an index page, of a segment or of a run over several: `segment` is the number that
+/// its writer gave, `index` its place in the file.
+///
+/// # Errors
+/// [`SegmentError`] naming the check.
+pub fn parse_page(
     kind: u8,
+    segment: SegmentId,
     index: usize,
     bytes: &[u8],
 ) -> Result<&[u8], SegmentError> {
@@ -421,23 +430,35 @@ pub(crate) fn encode_pages(segment: SegmentId, head: &[u8], frames: &[u8], run: 
     let streams = [(KIND_HEAD, head), (KIND_FRAMES, frames), (KIND_RUN, run)];
     let pages = streams.iter().flat_map(|(kind, s)| s.chunks(PAYLOAD).map(|c| (*kind, c)));
     for (index, (kind, payload)) in pages.enumerate() {
-        let mut bytes = [0u8; SEGMENT_ALIGN];
-        bytes[..payload.len()].copy_from_slice(payload);
-        bytes[page::kind][0] = kind;
-        let used = u16::try_from(payload.len()).unwrap_or(u16::MAX);
-        bytes[page::used].copy_from_slice(&used.to_le_bytes());
-        bytes[page::segment_low].copy_from_slice(&low(segment).to_le_bytes());
-        let index = u32::try_from(index).unwrap_or(u32::MAX);
-        bytes[page::index].copy_from_slice(&index.to_le_bytes());
-        let crc = crc32c::crc32c(&bytes[..page::crc.start]);
-        bytes[page::crc].copy_from_slice(&crc.to_le_bytes());
-        out.extend_from_slice(&bytes);
+        out.extend_from_slice(&encode_page(kind, segment, index, payload));
     }
     out
+}
+
+/// An index page with at most [`PAGE_PAYLOAD`] bytes of payload.
+#[must_use]
+pub fn encode_page(
+    kind: u8,
+    segment: SegmentId,
+    index: usize,
+    payload: &[u8],
+) -> [u8; SEGMENT_ALIGN] {
+    let mut bytes = [0u8; SEGMENT_ALIGN];
+    bytes[..payload.len()].copy_from_slice(payload);
+    bytes[page::kind][0] = kind;
+    let used = u16::try_from(payload.len()).unwrap_or(u16::MAX);
+    bytes[page::used].copy_from_slice(&used.to_le_bytes());
+    bytes[page::segment_low].copy_from_slice(&low(segment).to_le_bytes());
+    let index = u32::try_from(index).unwrap_or(u32::MAX);
+    bytes[page::index].copy_from_slice(&index.to_le_bytes());
+    let crc = crc32c::crc32c(&bytes[..page::crc.start]);
+    bytes[page::crc].copy_from_slice(&crc.to_le_bytes());
+    bytes
 }
 
 fn low(segment: SegmentId) -> u32 {
     u32::try_from(segment.get() & u64::from(u32::MAX)).unwrap_or(u32::MAX)
 }
 
-pub(crate) const PAGE_PAYLOAD: usize = PAYLOAD;
+/// Most bytes of payload of an index page.
+pub const PAGE_PAYLOAD: usize = PAYLOAD;

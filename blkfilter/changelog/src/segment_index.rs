@@ -5,7 +5,7 @@
 
 use farshore_extent::{CaptureOrder, Chain, Extent, Lsn, SECTOR, Seq, VolumeSize, WallTime};
 
-use crate::batch::CheckedBatch;
+use crate::batch::{BatchFront, CheckedBatch};
 use crate::layout::{RECORD_LEN, batch_place, event};
 use crate::limits::{FRAME_RAW, SEGMENT_ALIGN};
 use crate::record::{PayloadRef, RecordBody};
@@ -61,12 +61,12 @@ impl SegmentIndexBuilder {
 
     /// Adds the batch that lies at `place` (a multiple of 4096) of the file.
     pub fn push(&mut self, batch: &CheckedBatch<'_>, place: u64) {
-        self.push_upto(batch, place, batch.header().last_seq);
+        self.push_upto(&batch.front(), place, batch.header().last_seq);
     }
 
     /// Adds the records of the batch up to and including number `upto`: for a point that lies
     /// within the batch. No footer can be made of it then.
-    pub fn push_upto(&mut self, batch: &CheckedBatch<'_>, place: u64, upto: Seq) {
+    pub fn push_upto(&mut self, batch: &BatchFront<'_>, place: u64, upto: Seq) {
         let header = batch.header();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let first_frame = count(self.frames.len());
@@ -115,6 +115,7 @@ impl SegmentIndexBuilder {
             chain: header.chain,
             first_frame,
             frame_count: header.frame_count,
+            front_crc: batch.crc(),
         });
     }
 

@@ -57,6 +57,14 @@ pub enum StoreError {
         /// The check that failed.
         source: SegmentError,
     },
+    /// A run over several segments is damaged.
+    #[error("{name}: {source}")]
+    Run {
+        /// Its file.
+        name: String,
+        /// The check that failed.
+        source: SegmentError,
+    },
     /// A batch read back from the journal is damaged.
     #[error("segment {segment}, batch at {place}: {source}")]
     Batch {
@@ -129,7 +137,7 @@ impl StoreError {
                 "after a failed write nothing is acknowledged before all was read again",
                 "the store is reopened automatically; look at the kernel's log for this disk",
             ),
-            Self::Segment { .. } | Self::Batch { .. } => (
+            Self::Segment { .. } | Self::Run { .. } | Self::Batch { .. } => (
                 6009,
                 "points that need the damaged place cannot be opened; newer ones may",
                 "bytes read back do not match their checksum",

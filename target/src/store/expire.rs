@@ -7,6 +7,7 @@
 use std::io;
 use std::sync::Arc;
 
+use farshore_changelog::SegmentId;
 use farshore_extent::{CaptureOrder, Extent, ExtentSet, Lsn, SECTOR, VolumeSize, WallTime};
 
 use super::Store;
@@ -128,7 +129,7 @@ impl Store {
             self.sb.floor = to;
             self.store_super()?;
         }
-        let reader = self.reader(to, None)?;
+        let reader = self.plain_reader(to)?;
         let mut touched = ExtentSet::new();
         for segment in reader.segments() {
             collect(segment, &mut touched)?;
@@ -174,8 +175,8 @@ impl Store {
         let mut run: Option<(u64, Vec<u8>)> = None;
         for (extent, source) in round.reader.resolve(piece)? {
             let data = match source {
-                Source::Frame { layer, frame, skip } => {
-                    bytes_of(&round.reader, layer, frame, skip, extent)?
+                Source::Frame { segment, frame, skip } => {
+                    bytes_of(&round.reader, segment, frame, skip, extent)?
                 }
                 Source::Zero => {
                     round.unknown.remove(extent);
@@ -286,7 +287,7 @@ impl Store {
     }
 
     /// The last segment stays whatever it holds: it says where the history has come to.
-    fn first_needed(&self, base: Lsn) -> farshore_changelog::SegmentId {
+    fn first_needed(&self, base: Lsn) -> SegmentId {
         let needed = self.segments.iter().find(|s| s.last > base).map(|s| s.id());
         let open = self.open.as_ref().map(|open| open.header().segment);
         let newest = self.segments.last().map(|s| s.id());
@@ -297,6 +298,7 @@ impl Store {
         let first = self.first_needed(base);
         let gone = self.segments.iter().take_while(|s| s.id() < first).count();
         self.doomed.extend(self.segments.drain(..gone));
+        self.forget_runs().map_err(|e| self.poison(e))?;
         self.drop_doomed()
     }
 
@@ -321,13 +323,13 @@ impl Store {
 /// The bytes of a piece, or none when the frame is damaged.
 fn bytes_of(
     reader: &PointReader,
-    layer: usize,
+    segment: SegmentId,
     frame: u32,
     skip: usize,
     extent: Extent,
 ) -> Result<Option<Vec<u8>>, StoreError> {
     let len = usize::try_from(extent.len()).unwrap_or(usize::MAX);
-    match reader.frame(layer, frame, extent) {
+    match reader.frame(segment, frame, extent) {
         Ok(raw) => Ok(raw.get(skip..).and_then(|rest| rest.get(..len)).map(<[u8]>::to_vec)),
         Err(ReadError::Store(e)) => Err(e),
         Err(ReadError::Damaged { .. } | ReadError::Unknown { .. } | ReadError::Outside { .. }) => {

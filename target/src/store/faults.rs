@@ -16,6 +16,8 @@ pub struct Faults {
     pub segments_deleted_before_base_synced: bool,
     /// Super says what the base does not hold durably yet.
     pub super_before_base_sync: bool,
+    /// In a merge of runs the oldest version stays.
+    pub run_oldest_wins: bool,
     /// A failed sync is tried again and believed.
     pub sync_retried: bool,
     /// New files are used before their names are durable.

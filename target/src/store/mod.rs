@@ -5,6 +5,7 @@
 //! seed.img       becomes base.img when the store is made
 //! base.img       raw sparse image: the volume at `base`
 //! seg-NNNN       journal segments, ascending; the last one is open    (farshore-changelog)
+//! run-LL-NNNN    index of many segments                               (runs, FORMAT.md)
 //! spare-N        prewritten files that become segments
 //! lost-*         what recovery put aside because it could not be right; never read again
 //! lock           held while the store is open
@@ -26,6 +27,7 @@ pub mod limits;
 mod order;
 mod query;
 mod recover;
+mod runs;
 mod scan;
 mod segment;
 mod segment_files;
@@ -60,6 +62,7 @@ pub use view::{Content, OpenViews, PointReader};
 
 use compare::Comparer;
 use order::OrderBook;
+use runs::Runs;
 use segment::Segment;
 use view::Pins;
 
@@ -89,6 +92,10 @@ pub struct StoreConfig {
     pub apply_segments: usize,
     /// Bytes written to the base in one call of [`Store::expire`].
     pub apply_step_bytes: u64,
+    /// Runs of one level that become one of the next, at least 2.
+    pub run_fanout: u64,
+    /// Entries merged in one call of [`Store::merge_runs`].
+    pub merge_step: usize,
     /// Planted faults; none outside of tests.
     pub faults: Faults,
 }
@@ -100,6 +107,8 @@ impl Default for StoreConfig {
             reserve_segments: limits::RESERVE_SEGMENTS,
             apply_segments: limits::APPLY_SEGMENTS,
             apply_step_bytes: limits::APPLY_STEP_BYTES,
+            run_fanout: limits::RUN_FANOUT,
+            merge_step: limits::MERGE_STEP,
             faults: Faults::default(),
         }
     }
@@ -156,6 +165,7 @@ pub struct Store {
     base: Arc<dyn DiskFile>,
     /// Sealed (or given up) segments, ascending.
     segments: Vec<Arc<Segment>>,
+    runs: Runs,
     open: Option<OpenSegment>,
     /// Names of prewritten files.
     spares: Vec<String>,

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use farshore_changelog::BatchPlace;
 use farshore_extent::{CaptureOrder, Lsn, WallTime};
 
 use super::Store;
 use super::error::{StoreError, ViewError};
 use super::order::{OrderBook, OrderedStretch, StoreEvent, behind};
+use super::runs::Layer;
 use super::segment::Segment;
 use super::view::{OpenViews, Parts, Pin, PointReader};
 
@@ -56,7 +56,7 @@ impl Store {
     pub fn journal_bytes(&self) -> u64 {
         let open = self.open.as_ref().map_or(0, |open| open.header().capacity);
         let kept = self.segments.iter().chain(&self.doomed).map(|s| s.header.capacity);
-        kept.sum::<u64>() + open
+        kept.sum::<u64>() + open + self.runs.size().1
     }
 
     /// The last durable place captured at or before `time` on the source's clock, going back from
@@ -88,7 +88,7 @@ impl Store {
                 if batch.last_time <= time {
                     return Ok(self.kept(batch.last()));
                 }
-                let found = last_record(segment, batch, |at, _| at <= time)?;
+                let found = segment.last_record(batch, |at, _| at <= time)?;
                 return Ok(found.and_then(|(lsn, _)| self.kept(lsn)));
             }
         }
@@ -110,7 +110,7 @@ impl Store {
                     return Ok(batch.last_time);
                 }
                 if Lsn::new(batch.epoch, batch.first_seq) <= lsn {
-                    let found = last_record(segment, batch, |_, at| at <= lsn)?;
+                    let found = segment.last_record(batch, |_, at| at <= lsn)?;
                     return Ok(found.map_or(batch.first_time, |(_, time)| time));
                 }
             }
@@ -159,33 +159,48 @@ impl Store {
 
     /// A reader of base + journal up to `at`, which lies between base and `durable`.
     pub(super) fn reader(&self, at: Lsn, pin: Option<Pin>) -> Result<PointReader, StoreError> {
-        let mut layers = self.segments_between(self.sb.base, at);
-        if let Some(newest) = layers.last_mut().filter(|newest| newest.last > at) {
+        let mut segments = self.segments_between(self.sb.base, at);
+        // Runs know segments that are sealed, as they are at their end.
+        let open = self.open.as_ref().map(|open| open.header().segment);
+        let alone = |newest: &Arc<Segment>| newest.last > at || Some(newest.id()) == open;
+        let alone = segments.pop_if(|newest| alone(newest));
+        let mut layers = self.runs.layers(&segments);
+        if let Some(newest) = alone {
+            let newest = if newest.last > at { Arc::new(newest.upto(at)?) } else { newest };
+            layers.insert(0, Layer::Segment(Arc::clone(&newest)));
+            segments.push(newest);
+        }
+        Ok(self.reader_of(at, layers, segments, pin))
+    }
+
+    /// The same for expiry, which asks the segments one by one: a run would bring in what it has
+    /// of segments that are merged already.
+    pub(super) fn plain_reader(&self, at: Lsn) -> Result<PointReader, StoreError> {
+        let mut segments = self.segments_between(self.sb.base, at);
+        if let Some(newest) = segments.last_mut().filter(|newest| newest.last > at) {
             *newest = Arc::new(newest.upto(at)?);
         }
-        layers.reverse();
-        let size = layers.first().map_or(self.sb.size, |newest| newest.size);
-        Ok(PointReader::new(Parts {
+        let layers = segments.iter().rev().cloned().map(Layer::Segment).collect();
+        Ok(self.reader_of(at, layers, segments, None))
+    }
+
+    fn reader_of(
+        &self,
+        at: Lsn,
+        layers: Vec<Layer>,
+        segments: Vec<Arc<Segment>>,
+        pin: Option<Pin>,
+    ) -> PointReader {
+        PointReader::new(Parts {
             at,
-            size,
+            size: segments.last().map_or(self.sb.size, |newest| newest.size),
             blocks: self.sb.blocks,
             layers,
+            segments,
             base: Arc::clone(&self.base),
             base_size: self.sb.size.get(),
             base_unknown: self.sb.unknown.clone(),
             pin,
-        }))
+        })
     }
-}
-
-/// The last record of a batch, in order, that `wanted` accepts.
-fn last_record(
-    segment: &Segment,
-    batch: &BatchPlace,
-    wanted: impl Fn(WallTime, Lsn) -> bool,
-) -> Result<Option<(Lsn, WallTime)>, StoreError> {
-    segment.with_batch(batch, &mut Vec::new(), |checked| {
-        let records = checked.records().map(|r| (Lsn::new(batch.epoch, r.seq), r.time));
-        records.filter(|(lsn, time)| wanted(*time, *lsn)).last()
-    })
 }

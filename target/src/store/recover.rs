@@ -17,6 +17,7 @@ use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind};
 use super::error::StoreError;
 use super::limits::MAX_GROUP_BYTES;
 use super::order::OrderBook;
+use super::runs::Runs;
 use super::scan::Scan;
 use super::segment::{Segment, file_name, id_in_name, read_head};
 use super::segment_files::is_spare;
@@ -464,6 +465,7 @@ impl Walk {
         let spare_count = spares.iter().filter_map(number).max().unwrap_or(0);
         let open = self.open.as_ref();
         let open = open.map(|o| Arc::new(Segment::in_memory(&o.builder, Arc::clone(&o.file))));
+        let runs = Runs::open(self.disk.as_ref(), &self.names, sb.volume, &self.segments)?;
         let (mut told, mut newest) = (Vec::new(), Lsn::ZERO);
         for segment in self.segments.iter().cloned().chain(open) {
             for event in &segment.events {
@@ -483,6 +485,7 @@ impl Walk {
             super_file,
             base,
             segments: self.segments,
+            runs,
             open: self.open,
             spares,
             spare_count,

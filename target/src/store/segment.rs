@@ -6,15 +6,16 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farshore_changelog::{
-    BatchPlace, ENTRIES_PER_PAGE, FooterHead, FramePlace, IndexEntry, RawBatch, SegmentEvent,
-    SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer, parse_frame_page,
-    parse_run_page,
+    BatchFront, BatchHeader, BatchPlace, ENTRIES_PER_PAGE, FooterHead, FramePlace, IndexEntry,
+    SegmentError, SegmentEvent, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer,
+    parse_frame_page, parse_run_page,
 };
-use farshore_extent::{Lsn, VolumeSize, WallTime};
+use farshore_extent::{Chain, Lsn, VolumeSize, WallTime};
 
 use super::cache::Cache;
 use super::disk::{ALIGN, DiskFile};
 use super::error::StoreError;
+use super::runs::{Run, RunEntry};
 
 /// Name of a segment's file.
 pub(crate) fn file_name(id: SegmentId) -> String {
@@ -108,16 +109,16 @@ impl Segment {
                 newest = batch.last();
                 continue;
             }
-            self.with_batch(&batch, &mut Vec::new(), |checked| {
-                let places = checked.records().map(|r| Lsn::new(batch.epoch, r.seq));
+            self.with_front(&batch, &mut Vec::new(), |front| {
+                let places = front.records().map(|r| Lsn::new(batch.epoch, r.seq));
                 newest = places.take_while(|at| *at < lsn).last().unwrap_or(newest);
             })?;
         }
         Ok(newest)
     }
 
-    /// This segment as it was at `at`, a place within it: its batches are read and verified up to
-    /// there.
+    /// This segment as it was at `at`, a place within it: the tables of its batches are read up to
+    /// there, the payload is not.
     pub(crate) fn upto(&self, at: Lsn) -> Result<Self, StoreError> {
         let mut builder = SegmentIndexBuilder::new(self.header);
         let mut bytes = Vec::new();
@@ -126,28 +127,48 @@ impl Segment {
                 break;
             }
             let wanted = if batch.last() <= at { batch.last_seq } else { at.seq };
-            self.with_batch(&batch, &mut bytes, |checked| {
-                builder.push_upto(checked, batch.place, wanted);
+            self.with_front(&batch, &mut bytes, |front| {
+                builder.push_upto(front, batch.place, wanted);
             })?;
         }
         Ok(Self::in_memory(&builder, Arc::clone(&self.file)))
     }
 
-    /// Reads a batch and verifies it against its directory entry.
-    pub(crate) fn with_batch<T>(
+    /// Reads header and tables of a batch and verifies them against its directory entry.
+    fn with_front(
         &self,
         batch: &BatchPlace,
         bytes: &mut Vec<u8>,
-        with: impl FnOnce(&farshore_changelog::CheckedBatch<'_>) -> T,
-    ) -> Result<T, StoreError> {
+        with: impl FnOnce(&BatchFront<'_>),
+    ) -> Result<(), StoreError> {
         let damaged = |source| StoreError::Batch { segment: self.id(), place: batch.place, source };
-        bytes.resize(batch.len as usize, 0);
+        bytes.resize(ALIGN.min(batch.len as usize), 0);
         self.read(bytes, batch.place)?;
-        let checked = RawBatch::parse(bytes).and_then(RawBatch::check).map_err(damaged)?;
-        if checked.header().chain != batch.chain {
+        let front = BatchHeader::parse(bytes).map_err(damaged)?.payload_offset();
+        // The rest of what is longer than a block.
+        let have = bytes.len();
+        bytes.resize(front.clamp(have, (batch.len as usize).max(have)), 0);
+        self.read(&mut bytes[have..], batch.place + have as u64)?;
+        let front = BatchFront::parse(bytes, batch.front_crc).map_err(damaged)?;
+        if front.header().chain != batch.chain {
             return Err(damaged(farshore_changelog::BatchError::Chain));
         }
-        Ok(with(&checked))
+        with(&front);
+        Ok(())
+    }
+
+    /// The last record of a batch, in order, that `wanted` accepts.
+    pub(crate) fn last_record(
+        &self,
+        batch: &BatchPlace,
+        wanted: impl Fn(WallTime, Lsn) -> bool,
+    ) -> Result<Option<(Lsn, WallTime)>, StoreError> {
+        let mut found = None;
+        self.with_front(batch, &mut Vec::new(), |front| {
+            let records = front.records().map(|r| (Lsn::new(batch.epoch, r.seq), r.time));
+            found = records.filter(|(lsn, time)| wanted(*time, *lsn)).last();
+        })?;
+        Ok(found)
     }
 
     pub(crate) fn read(&self, buf: &mut [u8], at: u64) -> Result<(), StoreError> {
@@ -182,6 +203,45 @@ impl Segment {
         Ok(())
     }
 
+    /// Chain at its last place.
+    pub(crate) fn chain(&self) -> Chain {
+        match &self.index {
+            Index::Footer { trailer, .. } => trailer.chain,
+            Index::Memory { batches, .. } => {
+                batches.last().map_or(self.header.prev_chain, |batch| batch.chain)
+            }
+        }
+    }
+
+    /// Pages of its run.
+    pub(crate) const fn run_pages(&self) -> usize {
+        match &self.index {
+            Index::Footer { trailer, .. } => trailer.run_pages(),
+            Index::Memory { .. } => 1,
+        }
+    }
+
+    /// The entries of page `n` of its run.
+    pub(crate) fn run_page(&self, n: usize) -> Result<Vec<IndexEntry>, StoreError> {
+        match &self.index {
+            Index::Memory { run, .. } => Ok(run.clone()),
+            Index::Footer { trailer, .. } => {
+                let place = trailer.run_page_place(n);
+                self.read_page(place, |bytes| parse_run_page(trailer, n, bytes))
+            }
+        }
+    }
+
+    fn read_page<T>(
+        &self,
+        place: u64,
+        parse: impl FnOnce(&[u8]) -> Result<T, SegmentError>,
+    ) -> Result<T, StoreError> {
+        let mut bytes = vec![0; ALIGN];
+        self.read(&mut bytes, place)?;
+        parse(&bytes).map_err(|source| StoreError::Segment { segment: self.id(), source })
+    }
+
     /// Where frame `ordinal` lies.
     pub(crate) fn frame(
         &self,
@@ -214,13 +274,18 @@ pub(crate) fn read_head(
 
 /// Index pages read so far, bounded; shared by all threads of a view.
 pub(crate) struct Pages {
-    run: PageCache<IndexEntry>,
-    frames: PageCache<FramePlace>,
+    run: PageCache<SegmentId, IndexEntry>,
+    frames: PageCache<SegmentId, FramePlace>,
+    merged: PageCache<(u8, SegmentId), RunEntry>,
 }
 
 impl Pages {
     pub(crate) const fn new(capacity: usize) -> Self {
-        Self { run: Mutex::new(Cache::new(capacity)), frames: Mutex::new(Cache::new(capacity)) }
+        Self {
+            run: Mutex::new(Cache::new(capacity)),
+            frames: Mutex::new(Cache::new(capacity)),
+            merged: Mutex::new(Cache::new(capacity)),
+        }
     }
 
     fn run(
@@ -230,7 +295,9 @@ impl Pages {
         n: usize,
     ) -> Result<Arc<Vec<IndexEntry>>, StoreError> {
         let place = trailer.run_page_place(n);
-        page(&self.run, segment, n, place, |bytes| parse_run_page(trailer, n, bytes))
+        page(&self.run, segment.id(), n, || {
+            segment.read_page(place, |bytes| parse_run_page(trailer, n, bytes))
+        })
     }
 
     fn frames(
@@ -240,30 +307,31 @@ impl Pages {
         n: usize,
     ) -> Result<Arc<Vec<FramePlace>>, StoreError> {
         let place = trailer.frame_page_place(n);
-        page(&self.frames, segment, n, place, |bytes| parse_frame_page(trailer, n, bytes))
+        page(&self.frames, segment.id(), n, || {
+            segment.read_page(place, |bytes| parse_frame_page(trailer, n, bytes))
+        })
+    }
+
+    /// Page `n` of a run over several segments.
+    pub(crate) fn merged(&self, run: &Run, n: usize) -> Result<Arc<Vec<RunEntry>>, StoreError> {
+        page(&self.merged, (run.header.level, run.header.first), n, || run.page(n))
     }
 }
 
-type PageCache<T> = Mutex<Cache<(SegmentId, usize), Arc<Vec<T>>>>;
+type PageCache<F, T> = Mutex<Cache<(F, usize), Arc<Vec<T>>>>;
 
-fn page<T>(
-    cache: &PageCache<T>,
-    segment: &Segment,
+fn page<F: Ord + Copy, T>(
+    cache: &PageCache<F, T>,
+    file: F,
     n: usize,
-    place: u64,
-    parse: impl FnOnce(&[u8]) -> Result<Vec<T>, farshore_changelog::SegmentError>,
+    read: impl FnOnce() -> Result<Vec<T>, StoreError>,
 ) -> Result<Arc<Vec<T>>, StoreError> {
-    let key = (segment.id(), n);
-    if let Some(hit) = guard(cache).get(&key) {
+    if let Some(hit) = guard(cache).get(&(file, n)) {
         return Ok(hit);
     }
     // Read outside of the lock: another thread may read the same page, which is harmless.
-    let mut bytes = vec![0; ALIGN];
-    segment.read(&mut bytes, place)?;
-    let parsed =
-        parse(&bytes).map_err(|source| StoreError::Segment { segment: segment.id(), source })?;
-    let parsed = Arc::new(parsed);
-    guard(cache).put(key, Arc::clone(&parsed));
+    let parsed = Arc::new(read()?);
+    guard(cache).put((file, n), Arc::clone(&parsed));
     Ok(parsed)
 }
 

@@ -161,6 +161,7 @@ impl Store {
             .map_err(|source| StoreError::Segment { segment: header.segment, source });
         let head = head.map_err(|e| self.poison(e))?;
         self.segments.push(Arc::new(Segment::sealed(header, footer.trailer, head, open.file)));
+        self.wake_merge();
         Ok(())
     }
 
@@ -193,8 +194,15 @@ impl Store {
 
     /// Segments that hold places in `(after, upto]`, oldest first.
     pub(super) fn segments_between(&self, after: Lsn, upto: Lsn) -> Vec<Arc<Segment>> {
-        let mut segments = self.all_segments();
-        segments.retain(|s| s.last > after && s.header.prev < upto);
+        let from = self.segments.partition_point(|s| s.last <= after);
+        let sealed = self.segments[from..].iter().take_while(|s| s.header.prev < upto);
+        let mut segments: Vec<_> = sealed.cloned().collect();
+        if let Some(open) = &self.open
+            && open.builder.last() > after
+            && open.header().prev < upto
+        {
+            segments.push(Arc::new(Segment::in_memory(&open.builder, Arc::clone(&open.file))));
+        }
         segments
     }
 }

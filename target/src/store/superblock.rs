@@ -241,20 +241,24 @@ fn last4(bytes: &[u8; ALIGN]) -> [u8; 4] {
 }
 
 /// Reads fields one after the other; the block is longer than all of them together.
-struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     bytes: &'a [u8; ALIGN],
     at: usize,
 }
 
-impl Cursor<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
+impl<'a> Cursor<'a> {
+    pub(crate) const fn new(bytes: &'a [u8; ALIGN]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    pub(crate) fn take<const N: usize>(&mut self) -> [u8; N] {
         let mut out = [0; N];
         out.copy_from_slice(&self.bytes[self.at..self.at + N]);
         self.at += N;
         out
     }
 
-    fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.take())
     }
 
@@ -262,7 +266,7 @@ impl Cursor<'_> {
         u32::from_le_bytes(self.take())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub(crate) fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.take())
     }
 
@@ -270,7 +274,7 @@ impl Cursor<'_> {
         WallTime::from_nanos(i64::from_le_bytes(self.take()))
     }
 
-    fn lsn(&mut self) -> Lsn {
+    pub(crate) fn lsn(&mut self) -> Lsn {
         Lsn::new(Epoch::new(self.u64()), Seq::new(self.u64()))
     }
 }

@@ -1,5 +1,5 @@
-//! Reading the volume as it was at one place: base, whole segments, and the part of the segment
-//! in which the place lies.
+//! Reading the volume as it was at one place: base, whole segments by the runs that cover them, and
+//! the part of the segment in which the place lies.
 //!
 //! Never sees later writes: it holds its own list of segments and pins them and the base. Safe to
 //! use from many threads.
@@ -14,6 +14,7 @@ use super::cache::Cache;
 use super::disk::DiskFile;
 use super::error::{ReadError, StoreError};
 use super::limits::{VIEW_FRAMES, VIEW_PAGES};
+use super::runs::{Layer, OpenRun};
 use super::segment::{Pages, Segment, guard};
 
 /// Places that views hold; apply must not pass the smallest.
@@ -65,7 +66,7 @@ pub enum Content {
 /// Where the bytes of a range come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
-    Frame { layer: usize, frame: u32, skip: usize },
+    Frame { segment: SegmentId, frame: u32, skip: usize },
     Zero,
     Unknown,
     Base,
@@ -79,7 +80,9 @@ pub struct PointReader {
     size: VolumeSize,
     blocks: BlockSizes,
     /// Newest first.
-    layers: Vec<Arc<Segment>>,
+    layers: Vec<Layer>,
+    /// What the layers speak of, ascending. What an entry says of an older segment is in the base.
+    segments: Vec<Arc<Segment>>,
     base: Arc<dyn DiskFile>,
     base_size: u64,
     base_unknown: ExtentSet,
@@ -93,7 +96,8 @@ pub(crate) struct Parts {
     pub(crate) at: Lsn,
     pub(crate) size: VolumeSize,
     pub(crate) blocks: BlockSizes,
-    pub(crate) layers: Vec<Arc<Segment>>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) segments: Vec<Arc<Segment>>,
     pub(crate) base: Arc<dyn DiskFile>,
     pub(crate) base_size: u64,
     pub(crate) base_unknown: ExtentSet,
@@ -107,6 +111,7 @@ impl PointReader {
             size: parts.size,
             blocks: parts.blocks,
             layers: parts.layers,
+            segments: parts.segments,
             base: parts.base,
             base_size: parts.base_size,
             base_unknown: parts.base_unknown,
@@ -134,14 +139,20 @@ impl PointReader {
         self.blocks
     }
 
-    /// Number of segments between base and the place.
+    /// Number of segments and runs that are asked for a byte, at most.
     #[must_use]
     pub fn layers(&self) -> usize {
         self.layers.len()
     }
 
+    /// How many of them are runs over several segments.
+    #[must_use]
+    pub fn runs(&self) -> usize {
+        self.layers.iter().filter(|layer| matches!(layer, Layer::Run(_))).count()
+    }
+
     pub(super) fn segments(&self) -> &[Arc<Segment>] {
-        &self.layers
+        &self.segments
     }
 
     /// Fills `buf` with the bytes from `offset` on.
@@ -160,11 +171,11 @@ impl PointReader {
                 Source::Zero => out.fill(0),
                 Source::Unknown => return Err(ReadError::Unknown { extent: piece }),
                 Source::Base => self.read_base(out, piece)?,
-                Source::Frame { layer, frame, skip } => {
-                    let raw = self.frame(layer, frame, piece)?;
+                Source::Frame { segment, frame, skip } => {
+                    let raw = self.frame(segment, frame, piece)?;
                     let bytes = raw.get(skip..skip + out.len());
                     out.copy_from_slice(bytes.ok_or_else(|| {
-                        self.damaged(layer, frame, piece, "shorter than its index entry")
+                        damaged(segment, frame, piece, "shorter than its index entry")
                     })?);
                 }
             }
@@ -233,20 +244,17 @@ impl PointReader {
     pub(super) fn resolve(&self, extent: Extent) -> Result<Vec<(Extent, Source)>, StoreError> {
         let mut found = Vec::new();
         let mut gaps = vec![extent];
-        let mut entries = Vec::new();
-        for (layer, segment) in self.layers.iter().enumerate() {
-            let mut left = Vec::new();
-            for gap in gaps {
-                entries.clear();
-                let (from, to) = (gap.offset() / SECTOR, gap.end().div_ceil(SECTOR));
-                segment.lookup(from, to, &self.pages, &mut entries)?;
-                split(gap, layer, &entries, &mut found, &mut left);
+        for layer in &self.layers {
+            match layer {
+                Layer::Segment(segment) => self.ask_segment(segment, &mut gaps, &mut found)?,
+                Layer::Run(run) => self.ask_run(run, &mut gaps, &mut found)?,
             }
-            gaps = left;
             if gaps.is_empty() {
                 break;
             }
         }
+        let in_base = |(_, source): &(Extent, Source)| *source == Source::Base;
+        gaps.extend(found.extract_if(.., |piece| in_base(piece)).map(|(piece, _)| piece));
         for gap in gaps {
             let mut at = gap.offset();
             for unknown in self.base_unknown.inside(gap) {
@@ -258,6 +266,56 @@ impl PointReader {
         }
         found.sort_unstable_by_key(|(piece, _)| piece.offset());
         Ok(found)
+    }
+
+    fn ask_segment(
+        &self,
+        segment: &Segment,
+        gaps: &mut Vec<Extent>,
+        found: &mut Vec<(Extent, Source)>,
+    ) -> Result<(), StoreError> {
+        let mut entries = Vec::new();
+        for gap in std::mem::take(gaps) {
+            entries.clear();
+            let (from, to) = (gap.offset() / SECTOR, gap.end().div_ceil(SECTOR));
+            segment.lookup(from, to, &self.pages, &mut entries)?;
+            let sourced = entries.iter().map(|entry| (*entry, Some(segment.id())));
+            split(gap, sourced, found, gaps);
+        }
+        Ok(())
+    }
+
+    fn ask_run(
+        &self,
+        run: &OpenRun,
+        gaps: &mut Vec<Extent>,
+        found: &mut Vec<(Extent, Source)>,
+    ) -> Result<(), StoreError> {
+        let oldest = self.segments.first().map(|segment| segment.id());
+        let mut entries = Vec::new();
+        for gap in std::mem::take(gaps) {
+            entries.clear();
+            let (from, to) = (gap.offset() / SECTOR, gap.end().div_ceil(SECTOR));
+            match run.lookup(from, to, &self.pages, &mut entries) {
+                Ok(()) => {
+                    let kept = |id: &SegmentId| oldest.is_some_and(|oldest| *id >= oldest);
+                    let sourced = entries.iter().map(|e| (e.entry, Some(e.segment).filter(kept)));
+                    split(gap, sourced, found, gaps);
+                }
+                // Its segments know the same.
+                Err(StoreError::Run { .. }) => {
+                    let mut left = vec![gap];
+                    let covers = run.run.header.first..=run.run.header.newest;
+                    let own = self.segments.iter().rev().filter(|s| covers.contains(&s.id()));
+                    for segment in own {
+                        self.ask_segment(segment, &mut left, found)?;
+                    }
+                    gaps.append(&mut left);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 
     fn read_base(&self, out: &mut [u8], piece: Extent) -> Result<(), ReadError> {
@@ -273,55 +331,54 @@ impl PointReader {
 
     pub(super) fn frame(
         &self,
-        layer: usize,
+        id: SegmentId,
         frame: u32,
         piece: Extent,
     ) -> Result<Arc<Vec<u8>>, ReadError> {
-        let segment = &self.layers[layer];
-        let key = (segment.id(), frame);
+        let segment = self.segments.binary_search_by_key(&id, |s| s.id());
+        let segment = segment.ok().and_then(|n| self.segments.get(n));
+        let segment = segment.ok_or_else(|| damaged(id, frame, piece, "no such segment"))?;
+        let key = (id, frame);
         if let Some(hit) = guard(&self.frames).get(&key) {
             return Ok(hit);
         }
         let place = segment
             .frame(frame, &self.pages)?
-            .ok_or_else(|| self.damaged(layer, frame, piece, "not in the frame directory"))?;
+            .ok_or_else(|| damaged(id, frame, piece, "not in the frame directory"))?;
         let mut stored = vec![0; place.entry.stored_len as usize];
         segment.read(&mut stored, u64::from(place.place))?;
         let mut raw = Vec::new();
-        place
-            .entry
-            .decode(&stored, &mut raw)
-            .map_err(|why| self.damaged(layer, frame, piece, why))?;
+        place.entry.decode(&stored, &mut raw).map_err(|why| damaged(id, frame, piece, why))?;
         let raw = Arc::new(raw);
         guard(&self.frames).put(key, Arc::clone(&raw));
         Ok(raw)
     }
-
-    pub(super) fn damaged(&self, layer: usize, frame: u32, extent: Extent, why: &str) -> ReadError {
-        let segment = self.layers[layer].id();
-        ReadError::Damaged { extent, segment, frame, why: why.to_owned() }
-    }
 }
 
-/// Divides `gap` into what `entries` of `layer` hold and what older layers must say.
+fn damaged(segment: SegmentId, frame: u32, extent: Extent, why: &str) -> ReadError {
+    ReadError::Damaged { extent, segment, frame, why: why.to_owned() }
+}
+
+/// Divides `gap` into what `entries` hold and what older layers must say. An entry without a
+/// segment is of one that the base has replaced.
 fn split(
     gap: Extent,
-    layer: usize,
-    entries: &[IndexEntry],
+    entries: impl Iterator<Item = (IndexEntry, Option<SegmentId>)>,
     found: &mut Vec<(Extent, Source)>,
     left: &mut Vec<Extent>,
 ) {
     let mut at = gap.offset();
-    for entry in entries {
+    for (entry, segment) in entries {
         let Some(piece) = entry.extent().and_then(|e| e.intersection(gap)) else { continue };
         left.extend(Extent::between(at, piece.offset()));
         let within = at_usize(piece.offset() - entry.sector * SECTOR);
-        let source = match entry.place {
-            IndexPlace::Zero => Source::Zero,
-            IndexPlace::Unknown => Source::Unknown,
-            IndexPlace::Frame { frame, sector } => {
+        let source = match (entry.place, segment) {
+            (_, None) => Source::Base,
+            (IndexPlace::Zero, _) => Source::Zero,
+            (IndexPlace::Unknown, _) => Source::Unknown,
+            (IndexPlace::Frame { frame, sector }, Some(segment)) => {
                 let skip = usize::from(sector) * at_usize(SECTOR) + within;
-                Source::Frame { layer, frame, skip }
+                Source::Frame { segment, frame, skip }
             }
         };
         found.push((piece, source));

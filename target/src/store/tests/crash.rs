@@ -79,6 +79,9 @@ impl World {
             if self.source.rng.below(8) == 0 {
                 while store.prepare_reserve()? {}
             }
+            for _ in 0..self.source.rng.below(6) {
+                store.merge_runs()?;
+            }
             if self.source.rng.below(4) == 0 {
                 let images: Vec<_> =
                     self.source.images.range(..=self.acked).map(|(lsn, _)| *lsn).collect();
@@ -268,6 +271,7 @@ fn planted_faults_are_found() {
         ("super_before_base_sync", Faults { super_before_base_sync: true, ..none }, 0),
         ("sync_retried", Faults { sync_retried: true, ..none }, 40),
         ("no_dir_sync", Faults { no_dir_sync: true, ..none }, 0),
+        ("run_oldest_wins", Faults { run_oldest_wins: true, ..none }, 0),
         ("judge_newest_content", Faults { judge_newest_content: true, ..none }, 0),
         ("judge_before_durable", Faults { judge_before_durable: true, ..none }, 0),
     ];

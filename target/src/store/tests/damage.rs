@@ -9,10 +9,10 @@ use farshore_extent::{
     Chain, Epoch, Extent, Generation, Lsn, MarkerId, SECTOR, Seq, VolumeId, WallTime,
 };
 
-use super::source::{Source, assert_same, marker, tiny};
+use super::source::{Image, Source, assert_same, marker, tiny};
 use crate::store::{
-    AppendError, Faults, Held, ReadError, SimDisk, SimFaults, Store, StoreConfig, StoreError,
-    StoreEvent, ViewError,
+    AppendError, Faults, Held, PointReader, ReadError, SimDisk, SimFaults, Store, StoreConfig,
+    StoreError, StoreEvent, ViewError,
 };
 
 /// Views are read by the threads of an export; the store belongs to one thread but may move.
@@ -148,31 +148,52 @@ fn a_damaged_frame_is_reported_with_its_range_and_never_served() {
     let (store, report) = reopen(&disk);
     assert_eq!((report.damage.len(), store.position()), (0, position), "sealed: not scanned");
     let first_end = store.segments[0].last;
-    let image = &source.images[&first_end];
-    let view = store.open_unordered_view(first_end).unwrap();
+    // A place within a segment, too: its index is made of the tables of the batches alone.
+    let within = *source.images.range(..first_end).next_back().unwrap().0;
+    for at in [first_end, within] {
+        let view = store.open_unordered_view(at).unwrap();
+        let (served, damaged) = survey(&view, &source.images[&at]);
+        assert!(served > 0 && damaged > 0, "{at}: served {served}, damaged {damaged}");
+    }
+}
+
+/// How many sectors of a view are served, rightly, and how many are damaged, and named.
+fn survey(view: &PointReader, image: &Image) -> (u64, u64) {
     let (mut served, mut damaged) = (0, 0);
-    for (n, tag) in image.sectors.iter().enumerate() {
+    for (n, tag) in (0u64..).zip(&image.sectors) {
         let mut got = vec![0; 512];
-        match view.read_at(&mut got, n as u64 * SECTOR) {
+        match view.read_at(&mut got, n * SECTOR) {
             Ok(()) => {
                 assert_eq!(got, super::source::sector(tag.unwrap()));
                 served += 1;
             }
             Err(ReadError::Damaged { extent, .. }) => {
-                assert_eq!(extent.offset(), n as u64 * SECTOR);
+                assert_eq!(extent.offset(), n * SECTOR);
                 damaged += 1;
             }
             Err(ReadError::Unknown { .. }) => assert_eq!(*tag, None),
             Err(e) => panic!("{e}"),
         }
     }
-    assert!(served > 0 && damaged > 0, "served {served}, damaged {damaged}");
-    // Within a segment the batches are read whole, and the chain covers every byte.
-    let within = *source.images.range(..first_end).next_back().unwrap().0;
+    (served, damaged)
+}
+
+#[test]
+fn a_batch_whose_tables_are_damaged_opens_no_place_behind_it_within_its_segment() {
+    let disk = SimDisk::new(4);
+    let (store, source) = filled(&disk, 12, 60);
+    let first = &store.segments[0];
+    let end = first.last;
+    let within = *source.images.range(..end).next_back().unwrap().0;
+    let batch = first.batches().unwrap()[0];
+    // In the record table, behind the header.
+    assert!(disk.rot("seg-0000000000000001", batch.place + 300, 1));
     match store.open_unordered_view(within) {
         Err(ViewError::Store(StoreError::Batch { .. })) => {}
         other => panic!("a damaged batch was taken: {:?}", other.map(|v| v.at())),
     }
+    // The run in the footer does not need them.
+    source.check_at(&store, end);
 }
 
 /// Turns one bit in the last frame of every batch of the first segment.

@@ -6,4 +6,5 @@ mod damage;
 mod order;
 mod real_files;
 mod recovery_table;
+mod runs;
 mod source;

@@ -364,6 +364,8 @@ pub(super) fn tiny(faults: Faults) -> StoreConfig {
         reserve_segments: 1,
         apply_segments: 2,
         apply_step_bytes: 8 << 10,
+        run_fanout: 2,
+        merge_step: 3,
         faults,
     }
 }

@@ -284,6 +284,23 @@ pub fn differs(name: &VolumeName, bytes: u64) -> Problem {
     )
 }
 
+/// FS-6015: a part of the base image rotted, and the newest state shows it.
+#[must_use]
+pub fn rotten_base(name: &VolumeName, bytes: u64) -> Problem {
+    Problem::harmless(
+        6015,
+        format!("a part of the base image of {name} is damaged"),
+        format!("{bytes} bytes of base.img do not match their checksums in base.crc"),
+        format!(
+            "run on the source: farshore resync {name}, which sends them again; check the disk \
+             under the store"
+        ),
+    )
+    .with_risk(
+        "until then points lack these bytes where they did not overwrite them; all others are good",
+    )
+}
+
 /// FS-6530: no such volume.
 #[must_use]
 pub fn no_volume(name: &VolumeName) -> Problem {

@@ -40,6 +40,8 @@ pub(crate) struct Facts {
     pub(crate) compared: Comparison,
     /// Bytes that verification found to be wrong and that nothing has put right since.
     pub(crate) wrong_bytes: u64,
+    /// Bytes of the newest state that rotted in the base and were not sent again since.
+    pub(crate) rotten_bytes: u64,
     /// Views open.
     pub(crate) views: u32,
     /// Why it does not work; none when it does.
@@ -88,6 +90,7 @@ impl Replica {
                 points: PointSummary::default(),
                 compared: Comparison::default(),
                 wrong_bytes: 0,
+                rotten_bytes: 0,
                 views: 0,
                 problem: None,
             }),

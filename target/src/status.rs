@@ -71,7 +71,9 @@ fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> 
 /// The worst that is true. Points cut by hand only (interval 0) make no volume lag.
 fn state(facts: &Facts, rpo: Option<Duration>, target: Duration) -> PairState {
     let late = rpo.is_none_or(|rpo| rpo > target) && facts.row.point_interval_ms != 0;
-    if facts.problem.is_some() || (facts.wrong_bytes > 0 && !facts.row.unprotected) {
+    if facts.problem.is_some()
+        || (facts.wrong_bytes + facts.rotten_bytes > 0 && !facts.row.unprotected)
+    {
         PairState::Broken
     } else if facts.row.unprotected {
         PairState::Unprotected
@@ -93,6 +95,9 @@ fn problems(facts: &Facts, rpo: Option<Duration>, target: Duration) -> Vec<Probl
     let name = &facts.row.name;
     if facts.wrong_bytes > 0 {
         all.push(problem::differs(name, facts.wrong_bytes));
+    }
+    if facts.rotten_bytes > 0 {
+        all.push(problem::rotten_base(name, facts.rotten_bytes));
     }
     let behind = "writes since the newest point are not on the replica yet";
     let silent = facts.report.as_ref().is_some_and(|(_, when)| when.elapsed() > REPORT_STALE);
@@ -178,6 +183,7 @@ mod tests {
             points: PointSummary { count: 3, newest, oldest: newest },
             compared: Comparison::default(),
             wrong_bytes: 0,
+            rotten_bytes: 0,
             views: 0,
             problem: None,
         }
@@ -200,6 +206,8 @@ mod tests {
         assert_eq!(told(&broken, 75).0, PairState::Broken);
         let wrong = Facts { wrong_bytes: 4096, ..healthy() };
         assert_eq!(told(&wrong, 75), (PairState::Broken, vec![3120], Some(5_000)));
+        let rotten = Facts { rotten_bytes: 512, ..healthy() };
+        assert_eq!(told(&rotten, 75), (PairState::Broken, vec![6015], Some(5_000)));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! Turns markers that became points into rows of the catalogue. Never talks to a network.
 
 mod compare;
+mod damage;
 mod points;
 
 use std::path::PathBuf;
@@ -148,6 +149,7 @@ impl Worker {
                 return;
             }
             self.compare_step();
+            self.report_rot();
             self.turns += 1;
             if self.turns >= BACKGROUND_TURNS {
                 self.expire_step();
@@ -163,6 +165,7 @@ impl Worker {
                 Ok(work) => return Some(work),
                 Err(mpsc::error::TryRecvError::Disconnected) => return None,
                 Err(mpsc::error::TryRecvError::Empty) => {
+                    self.report_rot();
                     if !self.idle_step() {
                         return queue.blocking_recv();
                     }
@@ -184,7 +187,7 @@ impl Worker {
             return true;
         }
         match self.store.as_mut().map(Store::prepare_reserve) {
-            None | Some(Ok(false)) => false,
+            None | Some(Ok(false)) => self.sum_step(),
             Some(Ok(true)) => true,
             Some(Err(error)) => {
                 self.store_failed(&error);
@@ -427,6 +430,7 @@ impl Worker {
             facts.order = at.order;
             facts.journal_bytes = store.journal_bytes();
             facts.wrong_bytes = store.wrong().bytes();
+            facts.rotten_bytes = store.rotten().bytes();
         });
     }
 
@@ -561,20 +565,6 @@ impl Worker {
                 Store::create(disk, &meta, config)
             }
             other => other,
-        }
-    }
-
-    fn report_recovery(&self, report: &RecoveryReport) {
-        let name = self.name();
-        if let Some(at) = report.torn_tail {
-            tracing::info!(volume = %name, %at, "a write cut off by a power loss was removed");
-        }
-        for damage in &report.damage {
-            let text = format!(
-                "damaged: {}; places after {} up to {} are lost here and copied again",
-                damage.what, damage.after, damage.upto
-            );
-            self.catalogue.note(6009, Some(&name), text);
         }
     }
 }

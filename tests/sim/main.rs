@@ -155,6 +155,8 @@ planted! {
     finds_a_run_in_which_the_oldest_wins: store.run_oldest_wins;
     finds_a_sync_that_was_tried_again: store.sync_retried;
     finds_a_name_that_was_not_durable: store.no_dir_sync;
+    finds_a_base_that_is_not_verified: store.base_not_verified;
+    finds_checksums_that_were_not_durable: store.sums_not_synced;
     finds_a_batch_taken_twice: store.no_duplicate_filter;
     finds_a_digest_compared_with_newer_content: store.judge_newest_content;
     finds_a_digest_compared_before_it_is_durable: store.judge_before_durable;

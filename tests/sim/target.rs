@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use farshore_changelog::{HashPurpose, RawBatch, RecordBody};
-use farshore_extent::{BlockSizes, CaptureOrder, Epoch, Extent, Lsn, Seq, VolumeId, WallTime};
+use farshore_extent::{
+    BlockSizes, CaptureOrder, Epoch, Extent, Lsn, SECTOR, Seq, VolumeId, WallTime,
+};
 use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use farshore_target::store::{
-    AppendError, CommittedPoint, Compared, Faults, PointReader, SimDisk, SimFaults, Store,
-    StoreConfig, StoreEvent, StoreMeta,
+    AppendError, CommittedPoint, Compared, Faults, PointReader, ReadError, SimDisk, SimFaults,
+    Store, StoreConfig, StoreEvent, StoreMeta,
 };
 use farshore_target::verdict::{Decision, FIRST_GENERATION, Position, decide};
 
@@ -297,6 +299,7 @@ impl Target {
             if let Some(lsn) = replica.random_moment(rng) {
                 replica.check(*volume, lsn, source);
                 coverage.saw(Seen::MomentChecked);
+                replica.check_rotten(*volume, lsn, source, rng, coverage);
             }
         }
     }
@@ -528,6 +531,36 @@ impl Replica {
 
     fn view(&self, lsn: Lsn) -> Option<PointReader> {
         self.store.as_ref()?.open_view(lsn).ok()
+    }
+
+    /// A bit of the base or its checksums rots: each sector is right or refused. Then it is as
+    /// before.
+    fn check_rotten(
+        &self,
+        volume: VolumeId,
+        lsn: Lsn,
+        source: &Source,
+        rng: &mut Rng,
+        coverage: &mut Coverage,
+    ) {
+        let file = if rng.chance(500) { "base.img" } else { "base.crc" };
+        let len = self.disk.contents(file).map_or(0, |bytes| bytes.len() as u64);
+        let (at, bit) = (rng.below(len.max(1)), 1 << rng.below(8));
+        if !self.disk.rot(file, at, bit) {
+            return;
+        }
+        let Some(view) = self.view(lsn) else { panic!("the place {lsn} cannot be opened") };
+        let mut seen = Seen::RotHarmless;
+        for (n, truth) in source.disk(volume).oracle.at(lsn).iter().enumerate() {
+            let mut bytes = [0; 512];
+            match view.read_at(&mut bytes, n as u64 * SECTOR) {
+                Ok(()) => assert_eq!(content_of(&bytes), Some(*truth), "rot in sector {n}"),
+                Err(ReadError::Base { .. }) => seen = Seen::RotRefused,
+                Err(e) => panic!("sector {n} of the place {lsn}: {e}"),
+            }
+        }
+        coverage.saw(seen);
+        assert!(self.disk.rot(file, at, bit));
     }
 
     fn check(&self, volume: VolumeId, lsn: Lsn, source: &Source) {

@@ -12,8 +12,9 @@ use farshore_changelog::{CheckedBatch, HashPurpose, Record, RecordBody};
 use farshore_extent::{Extent, ExtentSet, Lsn, VolumeSize};
 
 use super::Store;
+use super::base::join_if_many;
 use super::error::{ReadError, StoreError};
-use super::limits::{COMPARE_PIECE, MAX_DIFFERING, MAX_ROUNDS, MAX_WRONG};
+use super::limits::{COMPARE_PIECE, MAX_DIFFERING, MAX_ROUNDS};
 use super::view::{Pin, PointReader};
 
 /// What was found out about the digests since the last answer.
@@ -82,6 +83,8 @@ pub(super) struct Comparer {
     inside_number: bool,
     /// What verification found to be wrong and nothing has put right since.
     wrong: ExtentSet,
+    /// What the newest state shows of the parts of the base that rotted.
+    rotten: ExtentSet,
     buffer: Vec<u8>,
 }
 
@@ -128,7 +131,16 @@ const fn resize_of(body: &RecordBody) -> Option<VolumeSize> {
 
 impl Comparer {
     pub(super) fn has_wrong(&self) -> bool {
-        !self.wrong.is_empty()
+        !self.wrong.is_empty() || !self.rotten.is_empty()
+    }
+
+    pub(super) const fn rotten_mut(&mut self) -> &mut ExtentSet {
+        &mut self.rotten
+    }
+
+    fn is_right(&mut self, extent: Extent) {
+        self.wrong.remove(extent);
+        self.rotten.remove(extent);
     }
 
     /// What a durable batch writes anew is no longer known to be wrong.
@@ -137,11 +149,11 @@ impl Comparer {
             match record.body {
                 RecordBody::Write { extent, .. }
                 | RecordBody::Copy { extent, .. }
-                | RecordBody::Zero { extent, .. } => self.wrong.remove(extent),
+                | RecordBody::Zero { extent, .. } => self.is_right(extent),
                 body => {
                     let gone = resize_of(&body)
                         .and_then(|size| Extent::between(size.get(), i64::MAX as u64));
-                    gone.into_iter().for_each(|gone| self.wrong.remove(gone));
+                    gone.into_iter().for_each(|gone| self.is_right(gone));
                 }
             }
         }
@@ -182,18 +194,14 @@ impl Comparer {
 
     fn is_wrong(&mut self, extent: Extent) {
         self.wrong.insert(extent);
-        if self.wrong.extents() > MAX_WRONG {
-            let (first, last) = (self.wrong.iter().next(), self.wrong.iter().last());
-            let hull = first.zip(last).and_then(|(a, b)| Extent::between(a.offset(), b.end()));
-            hull.into_iter().for_each(|all| self.wrong.insert(all));
-        }
+        join_if_many(&mut self.wrong);
     }
 
     fn note(&mut self, question: &Question, verdict: Verdict) {
         let Question { at, extent, purpose, .. } = *question;
         self.answer.digests += 1;
         let unreadable = match verdict {
-            Verdict::Equal => return self.wrong.remove(extent),
+            Verdict::Equal => return self.is_right(extent),
             Verdict::Unknown => return self.answer.differing.push(extent),
             Verdict::Differs => None,
             Verdict::Unreadable(why) => Some(why),
@@ -221,8 +229,8 @@ impl Store {
 
     /// Forgets all digests that wait: who sent them is gone and will be told to ask again.
     pub fn forget_questions(&mut self) {
-        let wrong = std::mem::take(&mut self.comparer.wrong);
-        self.comparer = Comparer { wrong, ..Comparer::default() };
+        let Comparer { wrong, rotten, .. } = std::mem::take(&mut self.comparer);
+        self.comparer = Comparer { wrong, rotten, ..Comparer::default() };
     }
 
     /// What verification found to be wrong, and neither a later comparison nor new content has put
@@ -230,6 +238,13 @@ impl Store {
     #[must_use]
     pub const fn wrong(&self) -> &ExtentSet {
         &self.comparer.wrong
+    }
+
+    /// What the newest state shows of the base that failed its checksum, and neither a comparison
+    /// nor new content has put right. Known since the store was opened.
+    #[must_use]
+    pub const fn rotten(&self) -> &ExtentSet {
+        &self.comparer.rotten
     }
 
     /// Keeps the questions of what has just become durable, up to `upto`.

@@ -298,6 +298,12 @@ pub enum ReadError {
         /// Which range.
         extent: Extent,
     },
+    /// A part of the base image does not match its checksum.
+    #[error("{extent}: the base image is damaged there")]
+    Base {
+        /// Which range.
+        extent: Extent,
+    },
     /// A frame does not match its checksum.
     #[error("{extent}: frame {frame} of segment {segment} is damaged: {why}")]
     Damaged {
@@ -334,6 +340,18 @@ impl ReadError {
                 "choose another point; check the source's disk",
             )
             .with_risk("these bytes do not exist at this point; all others can be read"),
+            Self::Base { .. } => Problem::harmless(
+                6015,
+                what,
+                "bytes of base.img do not match their checksum in base.crc",
+                format!(
+                    "on the source: farshore resync {volume}, which makes the newest state whole; \
+                     check the disk under the store"
+                ),
+            )
+            .with_risk(
+                "points that did not overwrite these bytes lack them; all others can be read",
+            ),
             Self::Damaged { .. } => Problem::harmless(
                 6009,
                 what,

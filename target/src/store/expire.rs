@@ -14,14 +14,10 @@ use super::Store;
 use super::error::{ReadError, StoreError, is_full};
 use super::limits::MAX_UNKNOWN;
 use super::segment::{Pages, Segment, guard};
-use super::segment_files::write_zeroes;
 use super::view::{PointReader, Source};
 
 /// Pieces written to the base at once, in bytes.
 const PIECE: u64 = 1 << 20;
-
-/// Smaller zero ranges are written, larger ones punched: a punch costs 2-6 ms.
-const PUNCH_FROM: u64 = 1 << 20;
 
 /// Why the base cannot go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,7 +177,7 @@ impl Store {
                 Source::Zero => {
                     round.unknown.remove(extent);
                     written += self.flush_run(&mut run)?;
-                    self.with_reserve(|store| store.zero_base(extent))?;
+                    self.with_reserve(|store| store.base.zero(extent, store.distrust_holes))?;
                     continue;
                 }
                 Source::Unknown => None,
@@ -210,7 +206,7 @@ impl Store {
 
     fn flush_run(&mut self, run: &mut Option<(u64, Vec<u8>)>) -> Result<u64, StoreError> {
         let Some((at, bytes)) = run.take() else { return Ok(0) };
-        self.with_reserve(|store| store.base.write_at(&bytes, at))?;
+        self.with_reserve(|store| store.base.write(&bytes, at))?;
         Ok(bytes.len() as u64)
     }
 
@@ -224,24 +220,6 @@ impl Store {
         }
     }
 
-    fn zero_base(&self, extent: Extent) -> io::Result<()> {
-        let mut at = extent.offset();
-        while let Some(rest) = Extent::between(at, extent.end()) {
-            let here = self.base.stretch(rest)?;
-            let end = here.end.clamp(at + 1, rest.end());
-            if let Some(data) =
-                Extent::between(at, end).filter(|_| !here.hole || self.distrust_holes)
-            {
-                let punched = data.len() >= PUNCH_FROM && self.base.punch(data).is_ok();
-                if !punched {
-                    write_zeroes(self.base.as_ref(), data.offset(), data.end())?;
-                }
-            }
-            at = end;
-        }
-        Ok(())
-    }
-
     /// Steps after the merge: base durable, super, segments.
     fn finish_round(&mut self, round: Expiry) -> Result<(), StoreError> {
         let faults = self.config.faults;
@@ -253,6 +231,11 @@ impl Store {
         }
         if faults.segments_deleted_before_base_synced {
             self.drop_segments(to)?;
+        }
+        match self.with_reserve(|store| store.base.cut_sums(size.get(), store.distrust_holes)) {
+            Ok(()) => {}
+            Err(e @ StoreError::DiskFull { .. }) => return Err(e),
+            Err(e) => return Err(self.poison(e)),
         }
         if !faults.super_before_base_sync {
             self.sync_base(size)?;
@@ -273,15 +256,9 @@ impl Store {
     }
 
     fn sync_base(&mut self, size: VolumeSize) -> Result<(), StoreError> {
-        let retry = self.config.faults.sync_retried;
-        let base = &self.base;
-        let synced = base.set_len(size.get()).and_then(|()| match base.sync() {
-            Err(_) if retry => base.sync(),
-            other => other,
-        });
-        synced.map_err(|e| {
+        self.base.sync(size.get()).map_err(|e| {
             // Never StoreError::DiskFull: a sync that failed, for whatever reason, is final.
-            let what = "syncing base.img".to_owned();
+            let what = "syncing base.img and base.crc".to_owned();
             self.poison(StoreError::Io { what, source: e })
         })
     }
@@ -332,9 +309,12 @@ fn bytes_of(
     match reader.frame(segment, frame, extent) {
         Ok(raw) => Ok(raw.get(skip..).and_then(|rest| rest.get(..len)).map(<[u8]>::to_vec)),
         Err(ReadError::Store(e)) => Err(e),
-        Err(ReadError::Damaged { .. } | ReadError::Unknown { .. } | ReadError::Outside { .. }) => {
-            Ok(None)
-        }
+        Err(
+            ReadError::Damaged { .. }
+            | ReadError::Base { .. }
+            | ReadError::Unknown { .. }
+            | ReadError::Outside { .. },
+        ) => Ok(None),
     }
 }
 

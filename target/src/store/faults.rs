@@ -30,4 +30,10 @@ pub struct Faults {
     pub judge_newest_content: bool,
     /// Digests are compared when they arrive, before they are durable.
     pub judge_before_durable: bool,
+    /// What is read from the base is not verified.
+    pub base_not_verified: bool,
+    /// Super relies on checksums that are not durable yet.
+    pub sums_not_synced: bool,
+    /// A volume that shrinks leaves checksums behind its end.
+    pub sums_left_behind_the_end: bool,
 }

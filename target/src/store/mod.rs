@@ -4,6 +4,7 @@
 //! super          four blocks: floor, base, generation        (superblock.rs, FORMAT.md)
 //! seed.img       becomes base.img when the store is made
 //! base.img       raw sparse image: the volume at `base`
+//! base.crc       its checksums                                 (base.rs)
 //! seg-NNNN       journal segments, ascending; the last one is open    (farshore-changelog)
 //! run-LL-NNNN    index of many segments                               (runs, FORMAT.md)
 //! spare-N        prewritten files that become segments
@@ -15,6 +16,7 @@
 //! (durable) and `applied` (base); never acknowledges what is not durable.
 
 mod append;
+mod base;
 mod cache;
 mod compare;
 mod disk;
@@ -27,6 +29,7 @@ pub mod limits;
 mod order;
 mod query;
 mod recover;
+mod rot;
 mod runs;
 mod scan;
 mod segment;
@@ -60,6 +63,7 @@ pub use sim_disk::{SimDisk, SimFaults};
 pub use superblock::{Super, SuperError};
 pub use view::{Content, OpenViews, PointReader};
 
+use base::Base;
 use compare::Comparer;
 use order::OrderBook;
 use runs::Runs;
@@ -162,7 +166,9 @@ pub struct Store {
     disk: Arc<dyn Disk>,
     sb: Super,
     super_file: Arc<dyn DiskFile>,
-    base: Arc<dyn DiskFile>,
+    base: Arc<Base>,
+    /// How far the checksums of the base are made; super follows.
+    summing: u64,
     /// Sealed (or given up) segments, ascending.
     segments: Vec<Arc<Segment>>,
     runs: Runs,

@@ -199,6 +199,7 @@ impl Store {
             segments,
             base: Arc::clone(&self.base),
             base_size: self.sb.size.get(),
+            base_summed: self.sb.summed,
             base_unknown: self.sb.unknown.clone(),
             pin,
         })

@@ -13,8 +13,10 @@ use farshore_changelog::{
 };
 use farshore_extent::{CaptureOrder, Chain, ExtentSet, Lsn, VolumeSize};
 
+use super::base::{self, Base};
 use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind};
 use super::error::StoreError;
+use super::faults::Faults;
 use super::limits::MAX_GROUP_BYTES;
 use super::order::OrderBook;
 use super::runs::Runs;
@@ -23,8 +25,6 @@ use super::segment::{Segment, file_name, id_in_name, read_head};
 use super::segment_files::is_spare;
 use super::superblock::{self, Super};
 use super::{OpenSegment, Store, StoreConfig, StoreMeta};
-
-pub(super) const BASE: &str = "base.img";
 
 /// An image of the volume from elsewhere: the base of the store that is made in its directory.
 pub(crate) const SEED: &str = "seed.img";
@@ -44,6 +44,8 @@ pub struct RecoveryReport {
     pub bad_super_copies: usize,
     /// Merging into the base was interrupted and goes on at the next expiry.
     pub apply_pending: bool,
+    /// The checksums of the base were not there: they are made anew from what it holds now.
+    pub lost_checksums: bool,
 }
 
 /// Durable data that cannot be read.
@@ -112,22 +114,24 @@ impl Store {
         if has_super || names.iter().any(|n| id_in_name(n).is_some()) {
             return Err(StoreError::Exists);
         }
-        for name in [BASE, superblock::NAME] {
+        for name in [base::IMAGE, base::SUMS, superblock::NAME] {
             if names.iter().any(|n| n == name) {
                 disk.delete(name).map_err(|e| StoreError::io(name, e))?;
             }
         }
-        let base = if names.iter().any(|n| n == SEED) {
-            disk.rename(SEED, BASE).and_then(|()| disk.open(BASE, FileKind::Plain))
+        let seeded = names.iter().any(|n| n == SEED);
+        let image = if seeded {
+            disk.rename(SEED, base::IMAGE).and_then(|()| disk.open(base::IMAGE, FileKind::Plain))
         } else {
-            disk.create(BASE, FileKind::Plain)
+            disk.create(base::IMAGE, FileKind::Plain)
         };
-        let base = base.and_then(|base| {
-            base.set_len(meta.size.get())?;
-            base.sync()?;
+        let made = image.and_then(|image| {
+            image.set_len(meta.size.get())?;
+            image.sync()?;
+            disk.create(base::SUMS, FileKind::Plain)?;
             disk.sync_dir()
         });
-        base.map_err(|e| StoreError::io("creating base.img", e))?;
+        made.map_err(|e| StoreError::io("creating base.img", e))?;
         let file = disk.create(superblock::NAME, FileKind::Plain);
         let file = file.map_err(|e| StoreError::io("creating super", e))?;
         Super {
@@ -144,6 +148,7 @@ impl Store {
             durable: Lsn::ZERO,
             created: meta.created,
             unknown: ExtentSet::new(),
+            summed: if seeded { 0 } else { base::ALL },
         }
         .create(file.as_ref())?;
         disk.sync_dir().map_err(|e| StoreError::io("syncing the directory", e))?;
@@ -177,17 +182,47 @@ impl Store {
         };
         let (mut sb, health) = Super::load(super_file.as_ref())?;
         health.repair(super_file.as_ref())?;
-        let base =
-            disk.open(BASE, FileKind::Plain).map_err(|e| StoreError::io("opening base.img", e))?;
+        let (base, lost) = open_base(disk.as_ref(), &mut sb, super_file.as_ref(), config.faults)?;
         if config.faults.floor_lowered_after_crash {
             sb.floor = sb.base;
         }
         let mut walk = Walk::new(disk, sb, config);
         walk.report.bad_super_copies = health.bad_copies;
         walk.report.apply_pending = walk.sb.floor > walk.sb.base;
+        walk.report.lost_checksums = lost;
         walk.all()?;
         walk.finish(super_file, base, lock)
     }
+}
+
+/// The base; and whether its checksums were lost.
+fn open_base(
+    disk: &dyn Disk,
+    sb: &mut Super,
+    super_file: &dyn DiskFile,
+    faults: Faults,
+) -> Result<(Arc<Base>, bool), StoreError> {
+    let failed = |e| StoreError::io("opening base.img", e);
+    let image = disk.open(base::IMAGE, FileKind::Plain).map_err(failed)?;
+    let failed = |e| StoreError::io("opening base.crc", e);
+    let (sums, lost) = match disk.open(base::SUMS, FileKind::Plain) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let lost = sb.summed > 0;
+            if lost {
+                // Before a new file has the name: it has none of what super relies on.
+                sb.summed = 0;
+                sb.store_next(super_file)?;
+            }
+            let made = disk.create(base::SUMS, FileKind::Plain);
+            (made.and_then(|file| disk.sync_dir().map(|()| file)).map_err(failed)?, lost)
+        }
+        file => (file.map_err(failed)?, false),
+    };
+    if sb.summed == 0 {
+        // What a merge has left there says nothing about what is made next.
+        sums.set_len(0).map_err(failed)?;
+    }
+    Ok((Base::new(image, sums, faults), lost))
 }
 
 fn lock(disk: &dyn Disk) -> Result<Box<dyn Send>, StoreError> {
@@ -455,7 +490,7 @@ impl Walk {
     fn finish(
         self,
         super_file: Arc<dyn DiskFile>,
-        base: Arc<dyn DiskFile>,
+        base: Arc<Base>,
         lock: Box<dyn Send>,
     ) -> Result<(Store, RecoveryReport), StoreError> {
         let sb = self.sb;
@@ -484,6 +519,7 @@ impl Walk {
             sb,
             super_file,
             base,
+            summing: 0,
             segments: self.segments,
             runs,
             open: self.open,

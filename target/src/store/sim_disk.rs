@@ -458,7 +458,13 @@ impl DiskFile for SimFile {
         let mut state = self.state()?;
         state.begin()?;
         let file = &mut state.files[self.file];
-        let sectors: Vec<_> = file.durable.keys().chain(file.pending.keys()).copied().collect();
+        let sectors: Vec<_> = file
+            .durable
+            .keys()
+            .chain(file.pending.keys())
+            .chain(file.phantom.keys())
+            .copied()
+            .collect();
         for sector in sectors.into_iter().filter(|s| *s >= len.div_ceil(SECTOR)) {
             file.pending.insert(sector, None);
         }

@@ -17,7 +17,10 @@ use super::limits::MAX_UNKNOWN;
 
 pub(crate) const NAME: &str = "super";
 const MAGIC: [u8; 8] = *b"FARSHSUP";
-const VERSION: u16 = 1;
+/// Version 1 had no checksums of the base.
+const VERSION: u16 = 2;
+/// Behind the ranges of unknown content.
+const SUMMED_AT: usize = 144 + MAX_UNKNOWN * 16;
 const CRC_AT: usize = ALIGN - 4;
 
 /// What the super block says.
@@ -50,6 +53,9 @@ pub struct Super {
     pub created: WallTime,
     /// Ranges of the base whose content is not known.
     pub unknown: ExtentSet,
+    /// Bytes of the base, from its start, whose checksums are in `base.crc`; `u64::MAX`: all,
+    /// however it grows.
+    pub summed: u64,
 }
 
 impl Super {
@@ -85,6 +91,8 @@ impl Super {
             out.extend_from_slice(&extent.offset().to_le_bytes());
             out.extend_from_slice(&extent.len().to_le_bytes());
         }
+        out.resize(SUMMED_AT, 0);
+        out.extend_from_slice(&self.summed.to_le_bytes());
         out.resize(CRC_AT, 0);
         let crc = crc32c::crc32c(&out);
         out.extend_from_slice(&crc.to_le_bytes());
@@ -106,7 +114,7 @@ impl Super {
         if crc32c::crc32c(&bytes[..CRC_AT]) != u32::from_le_bytes(last4(bytes)) {
             return Err(damaged("checksum"));
         }
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(SuperError::Version(version));
         }
         let order = at.take::<6>()[0];
@@ -129,6 +137,7 @@ impl Super {
                 _ => return Err(damaged("order")),
             },
             unknown: ExtentSet::new(),
+            summed: 0,
         };
         let count = usize::try_from(at.u64()).unwrap_or(usize::MAX);
         if count > MAX_UNKNOWN || sb.floor < sb.base || sb.durable < sb.base {
@@ -137,6 +146,9 @@ impl Super {
         for _ in 0..count {
             let extent = Extent::new(at.u64(), at.u64()).map_err(|_| damaged("unknown range"))?;
             sb.unknown.insert(extent);
+        }
+        if version > 1 {
+            sb.summed = Cursor { bytes, at: SUMMED_AT }.u64();
         }
         Ok(sb)
     }
@@ -279,7 +291,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-const _: () = assert!(8 + 8 + 16 + 80 + 16 + 8 + 8 + MAX_UNKNOWN * 16 <= CRC_AT);
+const _: () = assert!(SUMMED_AT + 8 <= CRC_AT);
 
 #[cfg(test)]
 mod tests {
@@ -302,6 +314,7 @@ mod tests {
             durable: lsn(0x80),
             created: WallTime::from_nanos(0x99),
             unknown: [Extent::new(0xa00, 0xb00).unwrap()].into_iter().collect(),
+            summed: 0xc00,
         };
         let bytes = sb.encode().unwrap();
         assert_eq!(Super::parse(&bytes), Ok(sb));
@@ -312,7 +325,7 @@ mod tests {
         };
         let at = |field| Cursor { bytes: bytes[..].try_into().unwrap(), at: place(field) };
         assert_eq!(at("magic").take(), MAGIC);
-        assert_eq!(at("format").u16(), 1);
+        assert_eq!(at("format").u16(), 2);
         assert_eq!(at("base_order").take(), [1]);
         assert_eq!(at("volume").take(), [0x22; 16]);
         assert_eq!(at("version").u64(), 0x11);
@@ -324,6 +337,37 @@ mod tests {
         assert_eq!(at("created").time().nanos(), 0x99);
         assert_eq!((at("block_logical").u32(), at("block_physical").u32()), (512, 4096));
         assert_eq!((at("unknown_count").u64(), at("unknown").u64()), (1, 0xa00));
+        assert_eq!(at("summed").u64(), 0xc00);
         assert_eq!(place("crc"), CRC_AT);
+    }
+
+    #[test]
+    fn a_super_block_from_before_the_checksums_says_that_there_are_none() {
+        let sb = Super {
+            version: 1,
+            volume: VolumeId::NIL,
+            generation: Generation::new(1),
+            floor: Lsn::ZERO,
+            base: Lsn::ZERO,
+            base_time: WallTime::from_nanos(0),
+            base_order: CaptureOrder::CatchUp,
+            size: VolumeSize::new(512).unwrap(),
+            blocks: BlockSizes::E512,
+            first_segment: SegmentId::new(1),
+            durable: Lsn::ZERO,
+            created: WallTime::from_nanos(0),
+            unknown: ExtentSet::new(),
+            summed: 0,
+        };
+        let mut bytes = sb.encode().unwrap();
+        let with_version = |bytes: &mut [u8], version: u16| {
+            bytes[8..10].copy_from_slice(&version.to_le_bytes());
+            let crc = crc32c::crc32c(&bytes[..CRC_AT]);
+            bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+        };
+        with_version(&mut bytes, 1);
+        assert_eq!(Super::parse(&bytes), Ok(sb));
+        with_version(&mut bytes, VERSION + 1);
+        assert_eq!(Super::parse(&bytes), Err(SuperError::Version(VERSION + 1)));
     }
 }

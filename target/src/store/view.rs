@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use farshore_changelog::{IndexEntry, IndexPlace, SegmentId};
 use farshore_extent::{BlockSizes, Extent, ExtentSet, Lsn, SECTOR, VolumeSize};
 
+use super::base::Base;
 use super::cache::Cache;
-use super::disk::DiskFile;
 use super::error::{ReadError, StoreError};
 use super::limits::{VIEW_FRAMES, VIEW_PAGES};
 use super::runs::{Layer, OpenRun};
@@ -83,8 +83,9 @@ pub struct PointReader {
     layers: Vec<Layer>,
     /// What the layers speak of, ascending. What an entry says of an older segment is in the base.
     segments: Vec<Arc<Segment>>,
-    base: Arc<dyn DiskFile>,
+    base: Arc<Base>,
     base_size: u64,
+    base_summed: u64,
     base_unknown: ExtentSet,
     pages: Pages,
     frames: Mutex<FrameCache>,
@@ -98,8 +99,10 @@ pub(crate) struct Parts {
     pub(crate) blocks: BlockSizes,
     pub(crate) layers: Vec<Layer>,
     pub(crate) segments: Vec<Arc<Segment>>,
-    pub(crate) base: Arc<dyn DiskFile>,
+    pub(crate) base: Arc<Base>,
     pub(crate) base_size: u64,
+    /// Bytes of it that have checksums.
+    pub(crate) base_summed: u64,
     pub(crate) base_unknown: ExtentSet,
     pub(crate) pin: Option<Pin>,
 }
@@ -114,6 +117,7 @@ impl PointReader {
             segments: parts.segments,
             base: parts.base,
             base_size: parts.base_size,
+            base_summed: parts.base_summed,
             base_unknown: parts.base_unknown,
             pages: Pages::new(VIEW_PAGES),
             frames: Mutex::new(Cache::new(VIEW_FRAMES)),
@@ -221,7 +225,7 @@ impl PointReader {
             let (end, content) = match Extent::between(at, piece.end().min(self.base_size)) {
                 None => (rest.end(), Content::Zero),
                 Some(in_base) => {
-                    let found = self.base.stretch(in_base);
+                    let found = self.base.stretch(in_base, self.base_summed);
                     let found = found.map_err(|e| StoreError::io("looking at base.img", e))?;
                     let content = if found.hole { Content::Zero } else { Content::Data };
                     (found.end.max(at + 1).min(piece.end()), content)
@@ -322,11 +326,10 @@ impl PointReader {
         let here = self.base_size.saturating_sub(piece.offset()).min(piece.len());
         let (inside, beyond) = out.split_at_mut(at_usize(here));
         beyond.fill(0);
-        if !inside.is_empty() {
-            let read = self.base.read_at(inside, piece.offset());
-            read.map_err(|e| StoreError::io(format!("reading base.img at {piece}"), e))?;
+        if inside.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.base.read(inside, piece.offset(), self.base_summed)
     }
 
     pub(super) fn frame(

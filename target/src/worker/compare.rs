@@ -28,6 +28,8 @@ impl Worker {
     }
 
     fn answer(&mut self, compared: Compared) {
+        // First, so that whoever saw the answer sees what is wrong.
+        self.report_rot();
         let wrong = self.store.as_ref().map_or(0, |store| store.wrong().bytes());
         let differing = compared.differing.len() as u64;
         self.replica.update(|facts| {

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use farshore_extent::{PairState, PointKind, VolumeName};
+use farshore_changelog::HashPurpose;
+use farshore_extent::{Extent, PairState, PointKind, VolumeName};
 use farshore_protocol::admin::{OpenView, PointChoice, TargetReply, TargetRequest};
 use farshore_protocol::config::Millis;
 use farshore_protocol::message::{FromTarget, Verdict};
+
+use farshore_target::store::{FileDisk, inspect};
 
 use crate::bed::{Bed, LONG};
 use crate::source::Source;
@@ -143,4 +146,70 @@ async fn a_point_that_was_lost_with_the_journal_is_not_offered_after_the_new_cop
     };
     bed.ask(open("lost")).await.expect_err("it would show the state at `kept`");
     bed.ask(open("kept")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rot_of_the_base_is_an_event_and_a_problem_until_a_resync_has_sent_it_again() {
+    let mut bed = Bed::start_with(|config| config.retention = Millis::from_secs(1)).await;
+    let host = bed.enroll("db1").await;
+    let mut source = Source::new("pgdata");
+    let mut connection = bed.connect(&host).await;
+    source.open(&mut connection).await;
+    source.begin();
+    source.write_noise(0, 65_536, 1);
+    source.marker("", PointKind::Crash);
+    source.ship(&mut connection).await;
+    // The rest fills the segment with the first bytes, so that they are in the base alone.
+    for value in 2..14 {
+        source.write_noise(65_536, 900_000 / 512 * 512, value);
+        source.ship(&mut connection).await;
+    }
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let newest = source.marker("", PointKind::Crash);
+    source.ship(&mut connection).await;
+    let dir = bed.paths.state.join(format!("target/volumes/{}", source.volume));
+    let merged = async {
+        while inspect(&FileDisk::open(&dir).unwrap()).map_or(true, |(sb, _)| sb.base < newest) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(LONG, merged).await.expect("nothing is merged");
+    bed.stop().await;
+    let base = dir.join("base.img");
+    let mut bytes = std::fs::read(&base).unwrap();
+    assert_eq!(bytes[..65_536], source.content[..65_536]);
+    bytes[5000] ^= 4;
+    std::fs::write(&base, bytes).unwrap();
+    bed.resume().await;
+    let mut connection = bed.connect(&host).await;
+    source.open(&mut connection).await;
+    // What `farshore resync` asks: is it as on the source?
+    source.hash(0, 65_536, HashPurpose::Resync);
+    source.ship(&mut connection).await;
+    match connection.next().await {
+        Some(FromTarget::Compared { differing, .. }) => {
+            assert_eq!(differing, [Extent::new(0, 65_536).unwrap()]);
+        }
+        other => panic!("{other:?}"),
+    }
+    let Ok(TargetReply::Status(status)) = bed.ask(TargetRequest::Status).await else { panic!() };
+    let rotten = status[0].problems.iter().find(|p| p.code.0 == 6015).expect("a problem");
+    assert_eq!(status[0].state, PairState::Broken);
+    assert!(rotten.next.contains("farshore resync pgdata"), "{rotten:?}");
+    let request = TargetRequest::Events { limit: 0 };
+    let Ok(TargetReply::Events(events)) = bed.ask(request).await else { panic!() };
+    let event = events.iter().find(|e| e.code == 6015).expect("an event");
+    let extent = Extent::new(4608, 512).unwrap();
+    assert!(event.text.contains(&extent.to_string()), "{}", event.text);
+    // And what it sends then.
+    source.write_noise(0, 65_536, 1);
+    source.hash(0, 65_536, HashPurpose::Verify);
+    source.ship(&mut connection).await;
+    match connection.next().await {
+        Some(FromTarget::Compared { differing, .. }) => assert_eq!(differing, []),
+        other => panic!("{other:?}"),
+    }
+    let Ok(TargetReply::Status(status)) = bed.ask(TargetRequest::Status).await else { panic!() };
+    assert!(status[0].problems.iter().all(|p| p.code.0 != 6015), "{:?}", status[0].problems);
+    bed.stop().await;
 }

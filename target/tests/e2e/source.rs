@@ -80,7 +80,18 @@ impl Source {
 
     pub fn write(&mut self, offset: usize, len: usize, value: u8) -> Lsn {
         // Not the same byte everywhere: misplaced pieces must show.
-        let data: Vec<u8> = (0..len).map(|i| value ^ (i % 251) as u8).collect();
+        self.write_bytes(offset, (0..len).map(|i| value ^ (i % 251) as u8).collect())
+    }
+
+    /// Bytes that do not compress.
+    pub fn write_noise(&mut self, offset: usize, len: usize, value: u8) -> Lsn {
+        let mut data = vec![0; len];
+        blake3::Hasher::new().update(&[value]).finalize_xof().fill(&mut data);
+        self.write_bytes(offset, data)
+    }
+
+    fn write_bytes(&mut self, offset: usize, data: Vec<u8>) -> Lsn {
+        let len = data.len();
         self.content[offset..offset + len].copy_from_slice(&data);
         let extent = Extent::new(offset as u64, len as u64).unwrap();
         // The builder makes place and checksum itself.

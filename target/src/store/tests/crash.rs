@@ -6,7 +6,9 @@ use std::sync::Arc;
 use farshore_extent::Lsn;
 
 use super::source::{Source, is_ordered, tiny};
-use crate::store::{Faults, SimDisk, SimFaults, Store, StoreError, StoreEvent};
+use crate::store::{
+    Disk, Faults, FileKind, SEED, SimDisk, SimFaults, Store, StoreError, StoreEvent,
+};
 
 /// One life of a store on a simulated disk, under a source with a model.
 struct World {
@@ -25,7 +27,11 @@ impl World {
     fn new(seed: u64, faults: Faults) -> Self {
         Self {
             disk: SimDisk::new(seed ^ 0xd15c),
-            source: Source::asking(seed),
+            source: if seed % 2 == 1 {
+                Source::asking(seed).over_old_content()
+            } else {
+                Source::asking(seed)
+            },
             faults,
             acked: Lsn::ZERO,
             expired: Lsn::ZERO,
@@ -50,6 +56,7 @@ impl World {
         match Store::open(disk.clone(), tiny(self.faults)) {
             Err(StoreError::NotAStore | StoreError::Super { .. }) if self.acked == Lsn::ZERO => {
                 let meta = self.source.meta();
+                self.put_seed().map_err(|e| StoreError::io("the seed", e))?;
                 Store::create(disk, &meta, tiny(self.faults)).map(|s| s.0)
             }
             other => other.map(|(store, report)| {
@@ -57,6 +64,23 @@ impl World {
                 store
             }),
         }
+    }
+
+    /// The content that the volume had before; zeroes need no image.
+    fn put_seed(&self) -> std::io::Result<()> {
+        let bytes = self.source.images[&Lsn::ZERO].bytes();
+        if bytes.iter().all(|b| *b == 0) {
+            return Ok(());
+        }
+        let file = match self.disk.create(SEED, FileKind::Plain) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                self.disk.open(SEED, FileKind::Plain)?
+            }
+            file => file?,
+        };
+        file.write_at(&bytes, 0)?;
+        file.sync()?;
+        self.disk.sync_dir()
     }
 
     /// Appends, commits, expires for `steps` steps, or until the power goes.
@@ -81,6 +105,9 @@ impl World {
             }
             for _ in 0..self.source.rng.below(6) {
                 store.merge_runs()?;
+            }
+            if self.source.rng.below(3) == 0 {
+                store.make_sums(512 * (1 + self.source.rng.below(32)))?;
             }
             if self.source.rng.below(4) == 0 {
                 let images: Vec<_> =
@@ -274,6 +301,8 @@ fn planted_faults_are_found() {
         ("run_oldest_wins", Faults { run_oldest_wins: true, ..none }, 0),
         ("judge_newest_content", Faults { judge_newest_content: true, ..none }, 0),
         ("judge_before_durable", Faults { judge_before_durable: true, ..none }, 0),
+        ("sums_not_synced", Faults { sums_not_synced: true, ..none }, 0),
+        ("sums_left_behind_the_end", Faults { sums_left_behind_the_end: true, ..none }, 0),
     ];
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));

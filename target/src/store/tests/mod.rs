@@ -1,5 +1,6 @@
 //! Tests of the store on simulated and real files.
 
+mod base;
 mod compare;
 mod crash;
 mod damage;

@@ -41,6 +41,13 @@ pub(super) struct Image {
     pub(super) time: WallTime,
 }
 
+impl Image {
+    /// What is unknown reads as zeroes.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        self.sectors.iter().flat_map(|tag| sector(tag.unwrap_or(0))).collect()
+    }
+}
+
 /// What must be said about a digest.
 #[derive(Clone, Copy)]
 pub(super) struct Expected {
@@ -98,6 +105,16 @@ impl Source {
     /// One that sends digests too.
     pub(super) fn asking(seed: u64) -> Self {
         Self { asks: true, ..Self::new(seed) }
+    }
+
+    /// The volume has content already.
+    pub(super) fn over_old_content(mut self) -> Self {
+        self.tag = 1000;
+        for (n, tag) in (0..).zip(&mut self.image.sectors) {
+            *tag = Some(if n % 3 == 2 { 0 } else { (1 + n % 5) << 16 | n });
+        }
+        self.images.insert(Lsn::ZERO, self.image.clone());
+        self
     }
 
     pub(super) fn meta(&self) -> StoreMeta {

@@ -61,12 +61,12 @@ impl SegmentIndexBuilder {
 
     /// Adds the batch that lies at `place` (a multiple of 4096) of the file.
     pub fn push(&mut self, batch: &CheckedBatch<'_>, place: u64) {
-        self.push_upto(&batch.front(), place, batch.header().last_seq);
+        self.push_part(&batch.front(), place, Lsn::ZERO, batch.header().last_seq);
     }
 
-    /// Adds the records of the batch up to and including number `upto`: for a point that lies
-    /// within the batch. No footer can be made of it then.
-    pub fn push_upto(&mut self, batch: &BatchFront<'_>, place: u64, upto: Seq) {
+    /// Adds the records of the batch behind `after`, up to and including number `upto`: for places
+    /// that lie within the batch. No footer can be made of it then.
+    pub fn push_part(&mut self, batch: &BatchFront<'_>, place: u64, after: Lsn, upto: Seq) {
         let header = batch.header();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let first_frame = count(self.frames.len());
@@ -76,7 +76,8 @@ impl SegmentIndexBuilder {
             self.frames.push(FramePlace { place, entry });
         }
         let mut last_time = header.first_time;
-        for record in batch.records().take_while(|r| r.seq <= upto) {
+        let wanted = |seq| Lsn::new(header.epoch, seq) > after && seq <= upto;
+        for record in batch.records().filter(|r| wanted(r.seq)) {
             last_time = record.time;
             self.note_time(record.time);
             match &record.body {

@@ -125,7 +125,7 @@ impl Store {
             self.sb.floor = to;
             self.store_super()?;
         }
-        let reader = self.plain_reader(to)?;
+        let reader = self.journal_reader(to)?;
         let mut touched = ExtentSet::new();
         for segment in reader.segments() {
             collect(segment, &mut touched)?;

@@ -173,10 +173,15 @@ impl Store {
         Ok(self.reader_of(at, layers, segments, pin))
     }
 
-    /// The same for expiry, which asks the segments one by one: a run would bring in what it has
-    /// of segments that are merged already.
-    pub(super) fn plain_reader(&self, at: Lsn) -> Result<PointReader, StoreError> {
-        let mut segments = self.segments_between(self.sb.base, at);
+    /// The same for expiry: only what lies behind the base, which must not be merged again and again
+    /// when the base moves within a segment. The segments are asked one by one: a run would bring
+    /// in what it has of segments that are merged already.
+    pub(super) fn journal_reader(&self, at: Lsn) -> Result<PointReader, StoreError> {
+        let base = self.sb.base;
+        let mut segments = self.segments_between(base, at);
+        if let Some(oldest) = segments.first_mut().filter(|oldest| oldest.header.prev < base) {
+            *oldest = Arc::new(oldest.between(base, self.sb.size, at)?);
+        }
         if let Some(newest) = segments.last_mut().filter(|newest| newest.last > at) {
             *newest = Arc::new(newest.upto(at)?);
         }

@@ -120,15 +120,29 @@ impl Segment {
     /// This segment as it was at `at`, a place within it: the tables of its batches are read up to
     /// there, the payload is not.
     pub(crate) fn upto(&self, at: Lsn) -> Result<Self, StoreError> {
-        let mut builder = SegmentIndexBuilder::new(self.header);
+        self.part(&self.header, at)
+    }
+
+    /// The part of it behind `after`, where the volume had `size`, and up to `at`.
+    pub(crate) fn between(
+        &self,
+        after: Lsn,
+        size: VolumeSize,
+        at: Lsn,
+    ) -> Result<Self, StoreError> {
+        self.part(&SegmentHeader { prev: after, size, ..self.header }, at)
+    }
+
+    fn part(&self, header: &SegmentHeader, at: Lsn) -> Result<Self, StoreError> {
+        let mut builder = SegmentIndexBuilder::new(*header);
         let mut bytes = Vec::new();
-        for batch in self.batches()? {
+        for batch in self.batches()?.iter().filter(|batch| batch.last() > header.prev) {
             if Lsn::new(batch.epoch, batch.first_seq) > at {
                 break;
             }
-            let wanted = if batch.last() <= at { batch.last_seq } else { at.seq };
-            self.with_front(&batch, &mut bytes, |front| {
-                builder.push_upto(front, batch.place, wanted);
+            let upto = if batch.last() <= at { batch.last_seq } else { at.seq };
+            self.with_front(batch, &mut bytes, |front| {
+                builder.push_part(front, batch.place, header.prev, upto);
             })?;
         }
         Ok(Self::in_memory(&builder, Arc::clone(&self.file)))

@@ -4,6 +4,7 @@ mod base;
 mod compare;
 mod crash;
 mod damage;
+mod expire;
 mod order;
 mod real_files;
 mod recovery_table;

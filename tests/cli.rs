@@ -78,6 +78,8 @@ fn a_daemon_that_does_not_run_is_unreachable_and_named() {
         (&["failover", "cleanup"], "target"),
         (&["token", "create", "--for", "db1", "--address", "a:1"], "target"),
         (&["host", "list"], "target"),
+        (&["policy", "list"], "target"),
+        (&["policy", "set", "x", "24h", "--yes"], "target"),
         (&["event", "list"], "target"),
         (&["status"], "daemon"),
     ] {

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use crate::catalogue::{PointRow, Wanted};
 use crate::daemon::{Daemon, blocking};
 use crate::replica::Replica;
-use crate::{durable_fs, enrol, problem, status, views};
+use crate::{durable_fs, enrol, policy, problem, status, views};
 
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -160,6 +160,17 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
         TargetRequest::Events { limit } => {
             let limit = if limit == 0 { MAX_EVENTS } else { limit.min(MAX_EVENTS) };
             blocking(daemon, move |d| events(d, limit)).await.map(TargetReply::Events)
+        }
+        TargetRequest::Policies => blocking(daemon, policy::list).await.map(TargetReply::Policies),
+        TargetRequest::Policy { volume } => {
+            let replica = daemon.replica(&volume)?;
+            let report = blocking(daemon, move |d| policy::show(d, &replica));
+            report.await.map(|report| TargetReply::Policy(Box::new(report)))
+        }
+        TargetRequest::SetPolicy(set) => {
+            let replica = daemon.replica(&set.volume)?;
+            let report = blocking(daemon, move |d| policy::set(d, &replica, &set));
+            report.await.map(|report| TargetReply::Policy(Box::new(report)))
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `target.toml`: the settings of the target daemon. Unknown keys are refused.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use farshore_protocol::paths::Paths;
 use serde::{Deserialize, Serialize};
 
 use crate::problem;
+use crate::retention::policy::{self, Policy};
 
 /// Port when none is given.
 pub const DEFAULT_PORT: u16 = 9443;
@@ -25,12 +27,14 @@ pub struct Config {
     pub names: Vec<String>,
     /// Interval of recovery points of new volumes; 0 cuts none.
     pub point_interval: Millis,
-    /// How long points are kept.
-    pub retention: Millis,
+    /// Which points are kept: the name of a policy, its tiers, or one time.
+    pub retention: String,
     /// A volume whose newest point is older than this is shown as lagging.
     pub rpo_target: Millis,
     /// Limits of everything a peer can make grow.
     pub limits: Limits,
+    /// Retention policies by name, besides the built-in ones.
+    pub policies: BTreeMap<String, String>,
 }
 
 /// Limits. Memory of the daemon is at most `connections` x (one frame, 2.3 MiB, + 1 MiB of
@@ -63,9 +67,10 @@ impl Default for Config {
             data: None,
             names: Vec::new(),
             point_interval: Millis::from_secs(5),
-            retention: "24h".parse().unwrap_or_default(),
+            retention: policy::STANDARD.to_owned(),
             rpo_target: Millis::from_secs(30),
             limits: Limits::default(),
+            policies: BTreeMap::new(),
         }
     }
 }
@@ -139,7 +144,20 @@ impl Config {
         if interval != 0 {
             at_least("point_interval (ms)", interval, 100)?;
         }
+        for (name, text) in &self.policies {
+            policy::check_name(name)?;
+            text.parse::<Policy>().map_err(|why| format!("policies.{name}: {why}"))?;
+        }
+        self.policy(&self.retention).map_err(|why| format!("retention: {why}"))?;
         Ok(())
+    }
+
+    /// The retention policy that `text` names or writes out.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with it.
+    pub fn policy(&self, text: &str) -> Result<Policy, String> {
+        policy::resolve(text, &self.policies)
     }
 
     /// The addresses to listen on, the first that works is taken.
@@ -247,9 +265,26 @@ mod tests {
             "listen = \"host:1\"",
             "limits = { queue_batches = 0 }",
             "point_interval = \"5ms\"",
+            "retention = \"24\"",
+            "retention = \"long\"",
+            "[policies]\nlong = \"all:2h,1m:1h\"",
+            "[policies]\nstandard = \"24h\"",
         ] {
             assert!(Config::parse(bad, "target.toml").is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn retention_is_a_time_a_policy_or_the_name_of_one() {
+        let policy = |text: &str| {
+            let config = Config::parse(text, "target.toml").unwrap();
+            config.policy(&config.retention).unwrap().to_string()
+        };
+        assert_eq!(policy("retention = \"24h\""), "all:24h");
+        assert_eq!(policy("retention = \"all:2h,1h:7d\""), "all:2h,1h:7d");
+        let own = "retention = \"long\"\n[policies]\nlong = \"all:2h\"";
+        assert_eq!(policy(own), "all:2h");
+        assert!(policy("").starts_with("all:1h,1m:24h,1h:7d,1d:30d"));
     }
 
     #[test]

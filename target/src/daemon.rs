@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use farshore_extent::{HostId, Lsn, Problem, VolumeId, VolumeName};
 use farshore_protocol::message::{FromTarget, OpenVolume};
@@ -16,13 +16,14 @@ use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
 use crate::authority::Authority;
-use crate::catalogue::{Age, SharedCatalogue, SqliteCatalogue, VolumeRow};
+use crate::catalogue::{SharedCatalogue, SqliteCatalogue, VolumeRow};
+use crate::clock::AgeClock;
 use crate::config::{Config, DataDir};
 use crate::replica::Replica;
 use crate::session::Registry;
 use crate::views::{self, Mark, Views};
 use crate::worker::{self, Work, WorkerThread};
-use crate::{admin, durable_fs, init, listener, problem, seed, upkeep};
+use crate::{admin, durable_fs, init, listener, policy, problem, seed, upkeep};
 
 /// How long sessions and clients of views get to end in good order.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -46,20 +47,6 @@ pub(crate) struct Daemon {
 struct Replicas {
     by_id: BTreeMap<VolumeId, Arc<Replica>>,
     threads: Vec<WorkerThread>,
-}
-
-/// The clock of retention: see [`Age`].
-pub(crate) struct AgeClock {
-    at_start: Age,
-    started: Instant,
-}
-
-impl AgeClock {
-    /// How long daemons have been running on this catalogue.
-    pub(crate) fn now(&self) -> Age {
-        let ran = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        Age(self.at_start.0.saturating_add(ran))
-    }
 }
 
 /// Runs the daemon until `shutdown` is done. Call it in a multi-threaded tokio runtime with I/O
@@ -153,7 +140,7 @@ impl Daemon {
         let catalogue = SharedCatalogue::new(catalogue);
         let at_start = catalogue.lock().age()?;
         let daemon = Arc::new(Self {
-            clock: Arc::new(AgeClock { at_start, started: Instant::now() }),
+            clock: Arc::new(AgeClock::starting_at(at_start)),
             views: Views::default(),
             config,
             paths,
@@ -169,6 +156,7 @@ impl Daemon {
         for row in rows {
             daemon.add_replica(&mut daemon.lock(), row)?;
         }
+        policy::warn(&daemon);
         Ok(daemon)
     }
 
@@ -217,6 +205,7 @@ impl Daemon {
                 blocks: open.blocks,
                 point_interval_ms: self.interval_of(open),
                 unprotected: false,
+                policy: String::new(),
                 points_upto: Lsn::ZERO,
             },
         };
@@ -309,7 +298,7 @@ impl Daemon {
         Ok(())
     }
 
-    fn change_row(
+    pub(crate) fn change_row(
         &self,
         replica: &Replica,
         change: impl FnOnce(&mut VolumeRow),

@@ -20,6 +20,7 @@ mod durable_fs;
 mod enrol;
 mod init;
 mod listener;
+mod policy;
 mod replica;
 mod seed;
 mod session;

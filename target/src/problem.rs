@@ -350,6 +350,31 @@ pub fn replica_exists(name: &VolumeName) -> Problem {
     )
 }
 
+/// FS-6540: what was given is no retention policy.
+#[must_use]
+pub fn bad_policy(text: &str, why: &str) -> Problem {
+    Problem::harmless(
+        6540,
+        format!("`{}` cannot be used as a retention policy", text.escape_debug()),
+        why,
+        "give the name of a policy (farshore policy list), tiers such as all:1h,1m:24h,1h:7d, or one time",
+    )
+}
+
+/// FS-6541: the policy of a volume is not known any more.
+#[must_use]
+pub fn unknown_policy(name: &VolumeName, why: &str) -> Problem {
+    Problem::harmless(
+        6541,
+        format!("nothing of {name} expires: its retention policy cannot be used"),
+        why,
+        format!(
+            "put it back into [policies] of target.toml, or: farshore policy set {name} default"
+        ),
+    )
+    .with_risk("its journal grows until the disk of the target is full")
+}
+
 /// FS-6601: no such point.
 #[must_use]
 pub fn no_point(name: &VolumeName, wanted: &str) -> Problem {

@@ -170,6 +170,7 @@ mod tests {
                 blocks: BlockSizes::E512,
                 point_interval_ms: 5_000,
                 unprotected: false,
+                policy: String::new(),
                 points_upto: Lsn::ZERO,
             },
             session: Some(Registry::default().enter(host).id),

@@ -6,34 +6,35 @@ use std::time::Duration;
 
 use farshore_extent::{Problem, WallTime};
 use farshore_protocol::message::FromTarget;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::daemon::{Daemon, blocking};
+use crate::policy;
 use crate::replica::Replica;
-use crate::retention;
+use crate::retention::{self, policy::Policy};
 use crate::worker::Work;
 
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 const TEND_EVERY: Duration = Duration::from_secs(1);
-/// Expiry looks ten times in the life of a point, at most and at least so often.
+/// Expiry looks ten times in the shortest tier, at most and at least so often.
 const EXPIRE_EVERY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// Runs until the daemon stops.
 pub(crate) async fn keep(daemon: Arc<Daemon>) {
     let mut report = interval(REPORT_EVERY);
-    let life = daemon.config.retention.duration();
-    let mut expire = interval((life / 10).clamp(EXPIRE_EVERY.0, EXPIRE_EVERY.1));
+    let mut expire = Instant::now();
     report.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    expire.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let views = tokio::spawn(tend_views(daemon.clone()));
     loop {
         tokio::select! {
             () = daemon.stopped() => break,
             _ = report.tick() => report_all(&daemon),
-            _ = expire.tick() => {
-                if let Err(problem) = blocking(&daemon, expire_all).await {
+            () = sleep_until(expire) => {
+                let pause = blocking(&daemon, expire_all).await.unwrap_or_else(|problem| {
                     tracing::warn!(why = problem.why, "{problem}");
-                }
+                    EXPIRE_EVERY.1
+                });
+                expire = Instant::now() + pause;
             }
         }
     }
@@ -75,20 +76,24 @@ fn report_all(daemon: &Daemon) {
     }
 }
 
-fn expire_all(daemon: &Daemon) -> Result<(), Problem> {
+/// Returns when to look again.
+fn expire_all(daemon: &Daemon) -> Result<Duration, Problem> {
     daemon.catalogue.lock().set_age(daemon.clock.now())?;
+    let mut pause = EXPIRE_EVERY.1;
     for replica in daemon.replicas() {
-        expire_points(daemon, &replica)?;
+        // Nothing expires by a policy that is not known; `policy::warn` has said so.
+        let Ok(policy) = policy::of(daemon, &replica.facts().row) else { continue };
+        expire_points(daemon, &replica, &policy)?;
+        pause = pause.min(Duration::from_millis(policy.shortest() / 10));
     }
-    Ok(())
+    Ok(pause.max(EXPIRE_EVERY.0))
 }
 
 /// Rows first, then the journal: a crash in between leaves journal that the next round frees,
 /// never a row whose data is gone. Open views are pinned by the store itself.
-fn expire_points(daemon: &Daemon, replica: &Replica) -> Result<(), Problem> {
+fn expire_points(daemon: &Daemon, replica: &Replica, policy: &Policy) -> Result<(), Problem> {
     let points = daemon.catalogue.lock().points(replica.volume, None, 0)?;
-    let window = daemon.config.retention.duration();
-    let expiry = retention::expire(&points, daemon.clock.now(), window);
+    let expiry = retention::expire(&points, daemon.clock.now(), policy);
     if !expiry.drop.is_empty() {
         daemon.catalogue.lock().drop_points(&expiry.drop)?;
         replica.send_blocking(Work::Recount);

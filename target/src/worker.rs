@@ -18,7 +18,7 @@ use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::catalogue::{NewPoint, SharedCatalogue};
-use crate::daemon::AgeClock;
+use crate::clock::AgeClock;
 use crate::problem;
 use crate::replica::{Comparison, Replica};
 use crate::session::verdict::{Decision, FIRST_GENERATION, Position, decide};
@@ -42,6 +42,8 @@ pub(crate) enum Work {
     View { at: Place, reply: oneshot::Sender<Result<(PointReader, WallTime), Problem>> },
     /// Points before this place have expired.
     Retain { floor: Lsn },
+    /// How many bytes of journal lie before this place; none when the store is not open.
+    JournalBefore { at: Lsn, reply: oneshot::Sender<Option<u64>> },
     /// Points were dropped: count them again.
     Recount,
     /// End.
@@ -218,6 +220,11 @@ impl Worker {
                 let _ = reply.send(view);
             }
             Work::Retain { floor } => self.expiring = self.expiring.max(Some(floor)),
+            Work::JournalBefore { at, reply } => {
+                let bytes = self.store.as_ref().map(|store| store.journal_bytes_before(at));
+                // Who asked may have gone.
+                let _ = reply.send(bytes);
+            }
             Work::Recount => self.recount(),
             Work::Stop => return false,
         }

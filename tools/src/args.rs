@@ -12,8 +12,8 @@ use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
 use crate::{
-    check, compare, demo, doctor, explain, failover, hosts, journal, points, protect, roles,
-    status, volume,
+    check, compare, demo, doctor, explain, failover, hosts, journal, points, policy, protect,
+    roles, status, volume,
 };
 
 /// Continuous disaster recovery of block devices: every second of the past as a disk.
@@ -89,6 +89,9 @@ pub enum Command {
     /// Points of the past that can be opened
     #[command(subcommand)]
     Point(points::PointCommand),
+    /// Which points stay, and how long
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// Open a point as a disk, try it, throw it away
     #[command(subcommand)]
     Failover(failover::FailoverCommand),
@@ -165,6 +168,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Resync(args) => compare::resync(args, global, out),
         Command::Volume(command) => volume::run(command, global, out),
         Command::Point(command) => points::run(command, global, out),
+        Command::Policy(command) => policy::run(command, global, out),
         Command::Failover(command) => failover::run(command, global, out),
         Command::Check(args) => check::run(args, global, out),
         Command::Doctor(args) => doctor::run(args, global, out),
@@ -237,6 +241,11 @@ mod tests {
             "status --json --root /tmp/x",
             "point list pgdata --limit 5 --json",
             "point tag shop pgdata --app --name before-upgrade",
+            "policy list",
+            "policy show pgdata --json",
+            "policy set pgdata all:1h,1m:24h,1h:7d --preview",
+            "policy set pgdata every-30s-4h --dry-run",
+            "policy set pgdata default --every 5s --yes",
             "failover test shop --point app",
             "failover test shop --point tag:NAME --tls 0.0.0.0:10809",
             "failover test shop --device --read-only",

@@ -27,6 +27,7 @@ mod journal;
 mod notify;
 mod output;
 mod points;
+mod policy;
 mod protect;
 mod roles;
 mod signals;

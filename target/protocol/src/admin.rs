@@ -77,6 +77,28 @@ pub enum TargetRequest {
         /// At most so many, 0 is all that fit.
         limit: u32,
     },
+    /// Every retention policy with a name.
+    Policies,
+    /// The retention policy of a volume, and what it keeps now.
+    Policy {
+        /// Which.
+        volume: VolumeName,
+    },
+    /// Give a volume another retention policy, or only tell what that would do.
+    SetPolicy(SetPolicy),
+}
+
+/// Another retention policy for a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetPolicy {
+    /// Which volume.
+    pub volume: VolumeName,
+    /// Name of a policy, tiers written out, one time, or `default`.
+    pub policy: String,
+    /// Milliseconds between points from now on, 0 is none; none: as the preset says, or as before.
+    pub interval_ms: Option<u64>,
+    /// Change nothing.
+    pub preview: bool,
 }
 
 /// From the target daemon.
@@ -93,6 +115,68 @@ pub enum TargetReply {
     Views(Vec<ViewInfo>),
     Events(Vec<EventInfo>),
     Done,
+    Policies(Vec<PolicyInfo>),
+    Policy(Box<PolicyReport>),
+}
+
+/// A retention policy with a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyInfo {
+    /// Its name.
+    pub name: String,
+    /// Its tiers.
+    pub tiers: String,
+    /// Built in, not from the target's configuration.
+    pub built_in: bool,
+    /// Volumes without a policy of their own have this one.
+    pub default: bool,
+    /// The preset also cuts points so often, in milliseconds.
+    pub interval_ms: Option<u64>,
+    /// Volumes that have it, by name.
+    pub volumes: Vec<VolumeName>,
+}
+
+/// What a retention policy keeps of a volume, or would keep.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyReport {
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// The policy as it was given: a name, tiers or a time.
+    pub policy: String,
+    /// It comes from the target's configuration.
+    pub default: bool,
+    /// What keeps points: the tiers, and what no tier says.
+    pub tiers: Vec<TierReport>,
+    /// Milliseconds between points; 0 is none.
+    pub interval_ms: u64,
+    /// Points that stay.
+    pub stay: u64,
+    /// Points that go.
+    pub go: u64,
+    /// Capture time of the oldest point that stays.
+    pub oldest_point: Option<WallTime>,
+    /// Oldest place that can be opened now.
+    pub floor: Lsn,
+    /// The same when what goes has gone.
+    pub floor_then: Lsn,
+    /// Bytes of journal on disk.
+    pub journal_bytes: u64,
+    /// Bytes of it that can go when the floor is there; none when the store is not open.
+    pub freed_bytes: Option<u64>,
+    /// Bytes of journal once the policy reaches as far back as it may, if writing goes on as it did
+    /// since the oldest point; none when that is too short a time to tell.
+    pub full_bytes: Option<u64>,
+}
+
+/// A part of a retention policy, and what it keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TierReport {
+    /// As it is written: `1m:24h`, `app-all:7d`; or `named`, `newest`.
+    pub tier: String,
+    /// Points that stay because of it; one point may stay for several reasons.
+    pub points: u64,
+    /// Capture time of the oldest of them.
+    pub oldest_point: Option<WallTime>,
 }
 
 /// A recovery point chosen by a person.

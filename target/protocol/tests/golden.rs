@@ -15,8 +15,8 @@ use farshore_extent::{
 };
 use farshore_protocol::admin::{
     AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, HostInfo, MergedPoints,
-    OpenView, PointChoice, PointInfo, ReplicaStatus, SpoolInfo, SpoolLevel, TargetReply,
-    TargetRequest, ViewInfo,
+    OpenView, PointChoice, PointInfo, PolicyInfo, PolicyReport, ReplicaStatus, SetPolicy,
+    SpoolInfo, SpoolLevel, TargetReply, TargetRequest, TierReport, ViewInfo,
 };
 use farshore_protocol::message::{
     FromAgent, FromTarget, OpenVolume, Opened, Verdict, VolumeReport,
@@ -208,6 +208,14 @@ fn target_request() -> Vec<TargetRequest> {
         TargetRequest::SetInterval { volume: name(), interval_ms: 1_000 },
         TargetRequest::Events { limit: 5 },
         TargetRequest::PointsBefore { volume: name(), before: lsn(), limit: 5 },
+        TargetRequest::Policies,
+        TargetRequest::Policy { volume: name() },
+        TargetRequest::SetPolicy(SetPolicy {
+            volume: name(),
+            policy: "all:1h,1m:24h".into(),
+            interval_ms: Some(5_000),
+            preview: true,
+        }),
     ]
 }
 
@@ -231,6 +239,9 @@ const fn target_request_name(request: &TargetRequest) -> &'static str {
         TargetRequest::SetInterval { .. } => "set-interval",
         TargetRequest::Events { .. } => "events",
         TargetRequest::PointsBefore { .. } => "points-before",
+        TargetRequest::Policies => "policies",
+        TargetRequest::Policy { .. } => "policy",
+        TargetRequest::SetPolicy(_) => "set-policy",
     }
 }
 
@@ -296,6 +307,36 @@ fn replica_status() -> ReplicaStatus {
     }
 }
 
+fn policy_info() -> PolicyInfo {
+    PolicyInfo {
+        name: "every-30s".into(),
+        tiers: "30s:1h,1h:24h".into(),
+        built_in: true,
+        default: false,
+        interval_ms: Some(30_000),
+        volumes: vec![name()],
+    }
+}
+
+fn policy_report() -> PolicyReport {
+    let tier = TierReport { tier: "1m:24h".into(), points: 1440, oldest_point: Some(time()) };
+    PolicyReport {
+        volume: name(),
+        policy: "standard".into(),
+        default: true,
+        tiers: vec![tier],
+        interval_ms: 5_000,
+        stay: 2_000,
+        go: 3,
+        oldest_point: None,
+        floor: Lsn::ZERO,
+        floor_then: lsn(),
+        journal_bytes: 64 << 20,
+        freed_bytes: Some(1 << 20),
+        full_bytes: None,
+    }
+}
+
 fn target_reply() -> Vec<Result<TargetReply, Problem>> {
     let host = HostInfo { host: host(), name: "db1".into(), enrolled: time(), connected: true };
     vec![
@@ -308,6 +349,8 @@ fn target_reply() -> Vec<Result<TargetReply, Problem>> {
         Ok(TargetReply::Views(vec![view_info()])),
         Ok(TargetReply::Events(vec![event()])),
         Ok(TargetReply::Done),
+        Ok(TargetReply::Policies(vec![policy_info()])),
+        Ok(TargetReply::Policy(Box::new(policy_report()))),
         Err(problem()),
     ]
 }
@@ -327,6 +370,8 @@ const fn target_reply_name(reply: &Result<TargetReply, Problem>) -> &'static str
         Ok(TargetReply::Views(_)) => "views",
         Ok(TargetReply::Events(_)) => "events",
         Ok(TargetReply::Done) => "done",
+        Ok(TargetReply::Policies(_)) => "policies",
+        Ok(TargetReply::Policy(_)) => "policy",
         Err(_) => "problem",
     }
 }

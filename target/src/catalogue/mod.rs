@@ -69,6 +69,8 @@ pub struct VolumeRow {
     pub point_interval_ms: u64,
     /// The source said that it no longer protects it.
     pub unprotected: bool,
+    /// Its retention policy, by name or written out; empty: that of the target's configuration.
+    pub policy: String,
     /// Markers up to here have been turned into rows (and may have expired since).
     pub points_upto: Lsn,
 }

@@ -2,6 +2,9 @@
 //!
 //! Places are stored as 16 big-endian bytes, so that SQLite orders them as we do.
 
+#[cfg(test)]
+mod tests;
+
 use std::path::Path;
 
 use farshore_extent::{
@@ -15,7 +18,7 @@ use super::{
     VolumeRow, Wanted,
 };
 
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 /// Events kept; the oldest go.
 const MAX_EVENTS: i64 = 10_000;
 
@@ -30,7 +33,7 @@ CREATE TABLE volumes (
   volume BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, host BLOB NOT NULL,
   size INTEGER NOT NULL, logical INTEGER NOT NULL, physical INTEGER NOT NULL,
   point_interval_ms INTEGER NOT NULL, unprotected INTEGER NOT NULL,
-  points_upto BLOB NOT NULL) STRICT;
+  points_upto BLOB NOT NULL, policy TEXT NOT NULL DEFAULT '') STRICT;
 CREATE TABLE points (
   point INTEGER PRIMARY KEY AUTOINCREMENT, volume BLOB NOT NULL, lsn BLOB NOT NULL,
   time INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, marker BLOB NOT NULL,
@@ -41,7 +44,13 @@ CREATE TABLE views (
 CREATE TABLE events (
   event INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, code INTEGER NOT NULL,
   volume TEXT, text TEXT NOT NULL) STRICT;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
+";
+
+/// From version 1 to 2: volumes have a retention policy.
+const TO_VERSION_2: &str = "
+ALTER TABLE volumes ADD COLUMN policy TEXT NOT NULL DEFAULT '';
+PRAGMA user_version = 2;
 ";
 
 /// See the module.
@@ -60,15 +69,15 @@ impl SqliteCatalogue {
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        match version {
-            0 => {
-                let step = db.transaction()?;
-                step.execute_batch(SCHEMA)?;
-                step.commit()?;
-            }
-            VERSION => {}
+        let change = match version {
+            0 => SCHEMA,
+            1 => TO_VERSION_2,
+            VERSION => "",
             newer => return Err(CatalogueError::Newer(newer)),
-        }
+        };
+        let step = db.transaction()?;
+        step.execute_batch(change)?;
+        step.commit()?;
         Ok(Self { db })
     }
 }
@@ -136,6 +145,7 @@ fn volume_row(row: &Columns<'_, '_>) -> Result<VolumeRow, CatalogueError> {
         blocks: BlockSizes::new(block("logical")?, block("physical")?).map_err(damaged)?,
         point_interval_ms: row.unsigned("point_interval_ms")?,
         unprotected: row.int("unprotected")? != 0,
+        policy: row.text("policy")?,
         points_upto: row.lsn("points_upto")?,
     })
 }
@@ -254,11 +264,12 @@ impl Catalogue for SqliteCatalogue {
     fn put_volume(&mut self, volume: &VolumeRow) -> Result<(), CatalogueError> {
         self.db.execute(
             "INSERT INTO volumes (volume, name, host, size, logical, physical,
-               point_interval_ms, unprotected, points_upto) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+               point_interval_ms, unprotected, points_upto, policy)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
              ON CONFLICT (volume) DO UPDATE SET name = excluded.name, size = excluded.size,
                logical = excluded.logical, physical = excluded.physical,
                point_interval_ms = excluded.point_interval_ms,
-               unprotected = excluded.unprotected",
+               unprotected = excluded.unprotected, policy = excluded.policy",
             params![
                 volume.volume.to_bytes(),
                 volume.name.as_str(),
@@ -269,6 +280,7 @@ impl Catalogue for SqliteCatalogue {
                 signed(volume.point_interval_ms)?,
                 volume.unprotected,
                 lsn_bytes(volume.points_upto),
+                volume.policy,
             ],
         )?;
         Ok(())
@@ -444,146 +456,5 @@ impl Catalogue for SqliteCatalogue {
             [signed(age.0)?],
         )?;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(epoch: u64, seq: u64) -> Lsn {
-        Lsn::new(Epoch::new(epoch), Seq::new(seq))
-    }
-
-    fn volume(name: &str) -> VolumeRow {
-        VolumeRow {
-            volume: VolumeId::random(),
-            name: VolumeName::new(name).unwrap(),
-            host: HostId::random(),
-            size: VolumeSize::new(1 << 20).unwrap(),
-            blocks: BlockSizes::E512,
-            point_interval_ms: 5_000,
-            unprotected: false,
-            points_upto: Lsn::ZERO,
-        }
-    }
-
-    fn point(lsn: Lsn, name: &str) -> NewPoint {
-        NewPoint {
-            lsn,
-            time: WallTime::from_nanos(7),
-            kind: PointKind::App,
-            name: name.into(),
-            marker: MarkerId::random(),
-        }
-    }
-
-    fn fresh() -> (tempfile::TempDir, SqliteCatalogue) {
-        let dir = tempfile::tempdir().unwrap();
-        let catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
-        (dir, catalogue)
-    }
-
-    #[test]
-    fn everything_is_there_after_reopening() {
-        let (dir, mut catalogue) = fresh();
-        let host = HostRow {
-            host: HostId::random(),
-            name: "db1".into(),
-            enrolled: WallTime::from_nanos(9),
-            removed: false,
-        };
-        let volume = volume("pgdata");
-        catalogue.put_host(&host).unwrap();
-        catalogue.put_volume(&volume).unwrap();
-        let points = [point(at(2, 1), ""), point(at(1, u64::MAX), "first")];
-        catalogue.add_points(volume.volume, &points, at(2, 1), Age(3)).unwrap();
-        catalogue.set_age(Age(42)).unwrap();
-        drop(catalogue);
-        let catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
-        assert_eq!(catalogue.host(host.host).unwrap(), Some(host.clone()));
-        assert_eq!(catalogue.hosts().unwrap(), [host]);
-        let kept = catalogue.points(volume.volume, None, 0).unwrap();
-        let places: Vec<Lsn> = kept.iter().map(|p| p.at.lsn).collect();
-        assert_eq!(places, [at(2, 1), at(1, u64::MAX)], "newest first, in the order of places");
-        assert_eq!(kept[1].at, points[1]);
-        assert_eq!(catalogue.volumes().unwrap()[0].points_upto, at(2, 1));
-        assert_eq!(catalogue.age().unwrap(), Age(42));
-    }
-
-    #[test]
-    fn a_point_is_recorded_once_and_numbers_are_never_reused() {
-        let (_dir, mut catalogue) = fresh();
-        let id = volume("v").volume;
-        catalogue.add_points(id, &[point(at(1, 1), "a")], at(1, 1), Age(0)).unwrap();
-        catalogue.add_points(id, &[point(at(1, 1), "again")], at(1, 1), Age(0)).unwrap();
-        let kept = catalogue.points(id, None, 0).unwrap();
-        assert_eq!(kept.len(), 1);
-        assert_eq!(kept[0].at.name, "a");
-        catalogue.drop_points(&[kept[0].point]).unwrap();
-        catalogue.add_points(id, &[point(at(1, 2), "b")], at(1, 2), Age(0)).unwrap();
-        assert!(catalogue.points(id, None, 1).unwrap()[0].point > kept[0].point);
-        assert_eq!(catalogue.point_summary(id).unwrap().count, 1);
-    }
-
-    #[test]
-    fn points_are_found_by_what_people_say_and_listed_in_pieces() {
-        let (_dir, mut catalogue) = fresh();
-        let id = volume("v").volume;
-        let crash = |n| NewPoint { kind: PointKind::Crash, ..point(at(1, n), "") };
-        let points = [crash(1), point(at(1, 2), "x"), point(at(1, 3), "x"), crash(4)];
-        catalogue.add_points(id, &points, at(1, 4), Age(0)).unwrap();
-        let seq = |wanted| {
-            let found = catalogue.find_point(id, &wanted).unwrap();
-            found.map(|row| row.at.lsn.seq.get())
-        };
-        assert_eq!(seq(Wanted::Newest), Some(4));
-        assert_eq!(seq(Wanted::OfKind(PointKind::App)), Some(3));
-        assert_eq!(seq(Wanted::OfKind(PointKind::Group)), None);
-        assert_eq!(seq(Wanted::Named("x".into())), Some(3));
-        assert_eq!(seq(Wanted::Named("y".into())), None);
-        assert_eq!(seq(Wanted::At(at(1, 1))), Some(1));
-        let first = catalogue.points(id, None, 0).unwrap()[3].point;
-        assert_eq!(seq(Wanted::Numbered(first)), Some(1));
-        let piece = catalogue.points(id, Some(at(1, 4)), 2).unwrap();
-        let seqs: Vec<u64> = piece.iter().map(|row| row.at.lsn.seq.get()).collect();
-        assert_eq!(seqs, [3, 2]);
-        assert_eq!(catalogue.find_point(VolumeId::random(), &Wanted::Newest).unwrap(), None);
-    }
-
-    #[test]
-    fn a_token_works_once_and_not_after_its_time() {
-        let (_dir, mut catalogue) = fresh();
-        let time = WallTime::from_nanos;
-        catalogue.put_token([1; 32], "db1", time(100)).unwrap();
-        catalogue.put_token([2; 32], "db2", time(100)).unwrap();
-        assert_eq!(catalogue.take_token([9; 32], time(50)).unwrap(), None);
-        assert_eq!(catalogue.take_token([1; 32], time(100)).unwrap(), Some("db1".into()));
-        assert_eq!(catalogue.take_token([1; 32], time(100)).unwrap(), None);
-        assert_eq!(catalogue.take_token([2; 32], time(101)).unwrap(), None);
-        assert_eq!(catalogue.take_token([2; 32], time(50)).unwrap(), None, "swept when too old");
-    }
-
-    #[test]
-    fn the_event_log_is_newest_first_and_bounded() {
-        let (_dir, mut catalogue) = fresh();
-        for n in 0..3u16 {
-            let event = EventRow {
-                time: WallTime::from_nanos(i64::from(n)),
-                code: n,
-                volume: (n > 0).then(|| VolumeName::new("v").unwrap()),
-                text: format!("event {n}"),
-            };
-            catalogue.add_event(&event).unwrap();
-        }
-        let events = catalogue.events(2).unwrap();
-        assert_eq!(events.iter().map(|e| e.code).collect::<Vec<_>>(), [2, 1]);
-        catalogue
-            .db
-            .execute("UPDATE sqlite_sequence SET seq = 10002 WHERE name = 'events'", [])
-            .unwrap();
-        let event = EventRow { code: 7, ..events[0].clone() };
-        catalogue.add_event(&event).unwrap();
-        assert_eq!(catalogue.events(0).unwrap(), [event]);
     }
 }

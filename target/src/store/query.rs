@@ -59,6 +59,13 @@ impl Store {
         kept.sum::<u64>() + open + self.runs.size().1
     }
 
+    /// Bytes of sealed segments in which every place is at or before `at`: what expiry up to `at`
+    /// frees, unless a view reads them.
+    #[must_use]
+    pub fn journal_bytes_before(&self, at: Lsn) -> u64 {
+        self.segments.iter().filter(|s| s.last <= at).map(|s| s.header.capacity).sum()
+    }
+
     /// The last durable place captured at or before `time` on the source's clock, going back from
     /// the newest; none when that has expired. The clock is a label: when it was set back, the
     /// later of two possible places is found. A time between the last record of an ordered stretch

@@ -63,7 +63,7 @@ impl Bed {
         self.resume_with(|_| ()).await;
     }
 
-    async fn resume_with(&mut self, change: impl FnOnce(&mut Config)) {
+    pub async fn resume_with(&mut self, change: impl FnOnce(&mut Config)) {
         assert!(self.running.is_none());
         let mut config = Config::load(&self.paths).unwrap();
         change(&mut config);

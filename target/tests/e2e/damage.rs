@@ -5,7 +5,6 @@ use std::time::Duration;
 use farshore_changelog::HashPurpose;
 use farshore_extent::{Extent, PairState, PointKind, VolumeName};
 use farshore_protocol::admin::{OpenView, PointChoice, TargetReply, TargetRequest};
-use farshore_protocol::config::Millis;
 use farshore_protocol::message::{FromTarget, Verdict};
 
 use farshore_target::store::{FileDisk, inspect};
@@ -54,7 +53,7 @@ async fn a_replica_that_cannot_be_opened_is_broken_and_the_others_work() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn expired_points_go_and_what_stays_is_still_right() {
-    let bed = Bed::start_with(|config| config.retention = Millis::from_secs(1)).await;
+    let bed = Bed::start_with(|config| config.retention = "1s".into()).await;
     let host = bed.enroll("db1").await;
     let mut source = Source::new("pgdata");
     let mut connection = bed.connect(&host).await;
@@ -150,7 +149,7 @@ async fn a_point_that_was_lost_with_the_journal_is_not_offered_after_the_new_cop
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rot_of_the_base_is_an_event_and_a_problem_until_a_resync_has_sent_it_again() {
-    let mut bed = Bed::start_with(|config| config.retention = Millis::from_secs(1)).await;
+    let mut bed = Bed::start_with(|config| config.retention = "1s".into()).await;
     let host = bed.enroll("db1").await;
     let mut source = Source::new("pgdata");
     let mut connection = bed.connect(&host).await;

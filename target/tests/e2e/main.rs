@@ -14,4 +14,5 @@ mod enrolment;
 mod hostile;
 mod points_and_views;
 mod replication;
+mod retention;
 mod tls_views;

@@ -12,7 +12,7 @@ use crate::connection::Connection;
 use crate::source::{SIZE, Source};
 
 /// A volume with three points and a write after each.
-async fn replicated(bed: &Bed) -> (Source, Connection, [Lsn; 3]) {
+pub async fn replicated(bed: &Bed) -> (Source, Connection, [Lsn; 3]) {
     let host = bed.enroll("db1").await;
     let mut source = Source::new("pgdata");
     let mut connection = bed.connect(&host).await;

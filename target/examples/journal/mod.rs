@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each measurement uses its part
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,6 +51,8 @@ pub struct Source {
     pub last: Lsn,
     chain: Chain,
     seq: u64,
+    /// Checksum of the newest content of each range written.
+    newest: BTreeMap<u64, u32>,
 }
 
 impl Source {
@@ -63,6 +66,7 @@ impl Source {
             last: Lsn::ZERO,
             chain: Chain::EMPTY,
             seq: 0,
+            newest: BTreeMap::new(),
         };
         source.push(RecordBody::OrderRestored);
         source
@@ -80,6 +84,7 @@ impl Source {
         let at = random.next() % (self.meta.size.get() / self.write) * self.write;
         let extent = Extent::new(at, self.write).unwrap();
         let crc = crc32c::crc32c(&self.data);
+        self.newest.insert(at, crc);
         let seq = Seq::new(self.seq);
         self.builder.push_data(seq, WallTime::default(), extent, &self.data, crc, false);
     }
@@ -103,6 +108,16 @@ impl Source {
             name: String::new(),
         }));
         self.finish()
+    }
+
+    /// The store's newest state is what was sent.
+    pub fn verify(&self, store: &Store) {
+        let view = store.open_view(self.last).unwrap();
+        let mut bytes = vec![0; self.data.len()];
+        for (at, crc) in &self.newest {
+            view.read_at(&mut bytes, *at).unwrap();
+            assert_eq!(crc32c::crc32c(&bytes), *crc, "the content at {at} is not what was sent");
+        }
     }
 
     fn finish(&mut self) -> EncodedBatch {

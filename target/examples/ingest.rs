@@ -60,8 +60,11 @@ fn main() {
         let group: Vec<_> = (0..each).map(|_| source.batch()).collect();
         places.push_back(source.last);
         let due = kept.is_some_and(|kept| places.len() as u64 * each >= kept + ROUND);
-        let expired =
-            if due { places.drain(..usize::try_from(ROUND / each).unwrap()).last() } else { None };
+        let expired = if due {
+            places.drain(..usize::try_from(ROUND / each).unwrap()).next_back()
+        } else {
+            None
+        };
         background(&mut store, expired);
         if due && n * each >= mib / 2 {
             steady.get_or_insert_with(|| (written(), bytes));

@@ -19,7 +19,8 @@ use nix::unistd::{Whence, lseek};
 
 use super::disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind, Stretch};
 
-const LOCK: &str = "lock";
+/// Locked while somebody has the store.
+pub(super) const LOCK: &str = "lock";
 
 /// One directory of the file system.
 #[derive(Debug, Clone)]
@@ -89,12 +90,7 @@ impl Disk for FileDisk {
                 writeln!(held, "pid {}", std::process::id())?;
                 Ok(Box::new(held))
             }
-            Err((mut file, Errno::EAGAIN)) => {
-                let mut holder = String::new();
-                let _ = Read::by_ref(&mut file).take(64).read_to_string(&mut holder);
-                let holder = format!("{} is held by {}", path.display(), holder.trim());
-                Err(io::Error::new(io::ErrorKind::WouldBlock, holder))
-            }
+            Err((file, Errno::EAGAIN)) => Err(held(&path, &file)),
             Err((_, errno)) => Err(errno.into()),
         }
     }
@@ -180,20 +176,37 @@ impl DiskFile for RealFile {
     }
 
     fn stretch(&self, extent: Extent) -> io::Result<Stretch> {
-        let from = signed(extent.offset())?;
-        let data = match lseek(&self.file, from, Whence::SeekData) {
-            Ok(at) => u64::try_from(at).unwrap_or(extent.end()),
-            Err(Errno::ENXIO) => return Ok(Stretch { hole: true, end: extent.end() }),
-            Err(Errno::EINVAL) => return Ok(Stretch { hole: false, end: extent.end() }),
-            Err(e) => return Err(e.into()),
-        };
-        if data > extent.offset() {
-            return Ok(Stretch { hole: true, end: data.min(extent.end()) });
-        }
-        let hole = lseek(&self.file, from, Whence::SeekHole)?;
-        let hole = u64::try_from(hole).unwrap_or(extent.end());
-        Ok(Stretch { hole: false, end: hole.min(extent.end()) })
+        stretch(&self.file, extent)
     }
+}
+
+/// The hole or data that begins at the start of `extent`.
+pub(super) fn stretch(file: &File, extent: Extent) -> io::Result<Stretch> {
+    let from = signed(extent.offset())?;
+    let data = match lseek(file, from, Whence::SeekData) {
+        Ok(at) => u64::try_from(at).unwrap_or(extent.end()),
+        Err(Errno::ENXIO) => return Ok(Stretch { hole: true, end: extent.end() }),
+        Err(Errno::EINVAL) => return Ok(Stretch { hole: false, end: extent.end() }),
+        Err(e) => return Err(e.into()),
+    };
+    if data > extent.offset() {
+        return Ok(Stretch { hole: true, end: data.min(extent.end()) });
+    }
+    let hole = lseek(file, from, Whence::SeekHole)?;
+    let hole = u64::try_from(hole).unwrap_or(extent.end());
+    Ok(Stretch { hole: false, end: hole.min(extent.end()) })
+}
+
+/// Why the lock cannot be had: who has it.
+pub(super) fn held(path: &Path, file: &File) -> io::Error {
+    let mut holder = String::new();
+    let _ = file.take(64).read_to_string(&mut holder);
+    // The file names the last writer; somebody who only looks writes nothing.
+    let alive = holder.trim().strip_prefix("pid ");
+    let alive = alive.is_some_and(|pid| Path::new("/proc").join(pid).exists());
+    let holder = if alive { holder.trim() } else { "a program that looks into the store" };
+    let text = format!("{} is held by {holder}", path.display());
+    io::Error::new(io::ErrorKind::WouldBlock, text)
 }
 
 fn signed(n: u64) -> io::Result<i64> {

@@ -18,7 +18,9 @@
 mod append;
 mod base;
 mod cache;
+mod check;
 mod compare;
+mod copy_out;
 mod disk;
 mod durable_fs;
 mod error;
@@ -26,8 +28,10 @@ mod expire;
 mod faults;
 mod inspect;
 pub mod limits;
+mod offline;
 mod order;
 mod query;
+mod read_only;
 mod recover;
 mod rot;
 mod runs;
@@ -38,6 +42,7 @@ mod sim_disk;
 mod superblock;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod view;
 
 use std::collections::BTreeMap;
@@ -49,14 +54,19 @@ use farshore_extent::{
 };
 
 pub use append::Committed;
+pub use check::{CheckReport, Finding, check};
 pub use compare::{Compared, Defect};
+pub use copy_out::{Copied, CopyError, ImageSink, copy_out};
 pub use disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind, Stretch};
 pub use durable_fs::FileDisk;
 pub use error::{AppendError, ReadError, StoreError, ViewError};
 pub use expire::{ExpireProgress, Held};
 pub use faults::Faults;
 pub use inspect::{InspectedBatch, InspectedSegment, inspect, inspect_segment};
+pub use offline::OfflineStore;
 pub use order::{CommittedPoint, OrderedStretch, StoreEvent};
+pub use read_only::ReadOnlyDisk;
+pub(crate) use read_only::same_file;
 pub(crate) use recover::SEED;
 pub use recover::{Damage, RecoveryReport};
 pub use sim_disk::{SimDisk, SimFaults};

@@ -23,7 +23,7 @@ use super::segment::Segment;
 use file::{MAX_SEGMENTS, PREFIX, RunHeader, RunWriter};
 use merge::{Input, Merge};
 
-pub(crate) use file::{OpenRun, Run, RunEntry};
+pub(crate) use file::{OpenRun, PREFIX as RUN_PREFIX, Run, RunEntry};
 
 /// The run that is being made has this name.
 const NEW: &str = "run.new";
@@ -158,6 +158,11 @@ impl Runs {
             }
         }
         None
+    }
+
+    /// Every run.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Run>> {
+        self.all.values()
     }
 
     /// Number of runs, and bytes of their files.

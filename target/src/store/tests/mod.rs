@@ -5,6 +5,7 @@ mod compare;
 mod crash;
 mod damage;
 mod expire;
+mod offline;
 mod order;
 mod real_files;
 mod recovery_table;

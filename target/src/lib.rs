@@ -9,6 +9,7 @@
 pub mod authority;
 pub mod catalogue;
 pub mod config;
+pub mod extract;
 pub mod problem;
 pub mod retention;
 pub mod store;

@@ -12,8 +12,8 @@ use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
 use crate::{
-    check, compare, demo, doctor, explain, failover, hosts, journal, points, policy, protect,
-    roles, status, volume,
+    check, compare, demo, doctor, explain, extract, failover, hosts, journal, points, policy,
+    protect, roles, status, store, volume,
 };
 
 /// Continuous disaster recovery of block devices: every second of the past as a disk.
@@ -122,6 +122,11 @@ pub enum Command {
     Filterd,
     /// Run the agent that ships changes to the target
     Agent,
+    /// Copy a point out of a replica's folder, without daemons, catalogue or network
+    Extract(extract::ExtractArgs),
+    /// Verify a replica's folder
+    #[command(subcommand)]
+    Store(store::StoreCommand),
     /// Look into a replica's journal
     #[command(subcommand)]
     Journal(journal::JournalCommand),
@@ -180,6 +185,8 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Target(command) => roles::target(command, global, out),
         Command::Filterd => roles::filterd(global),
         Command::Agent => roles::agent(global),
+        Command::Extract(args) => extract::run(args, global, out),
+        Command::Store(command) => store::run(command, global, out),
         Command::Journal(command) => journal::run(command, global, out),
         Command::Config(command) => roles::config(command, global, out),
         Command::Completion { shell } => {
@@ -253,6 +260,10 @@ mod tests {
             "failover cleanup shop --note fine",
             "failover list",
             "journal inspect pgdata",
+            "extract /srv/volumes/x --list --json",
+            "extract /srv/volumes/x --point newest --to disk.img --verify",
+            "extract /srv/volumes/x --point lsn:3.12 --to /dev/sdb --damaged zero --yes",
+            "store check /srv/volumes/x --json",
             "host list",
             "event list --limit 3",
             "check --rpo 30s",
@@ -264,7 +275,15 @@ mod tests {
         ] {
             assert!(args(line).is_ok(), "{line}: {}", args(line).unwrap_err());
         }
-        for wrong in ["", "protect", "protect /dev/vdb", "protect x --name a_b", "status extra"] {
+        for wrong in [
+            "",
+            "protect",
+            "protect /dev/vdb",
+            "protect x --name a_b",
+            "status extra",
+            "extract x",
+            "extract x --list --to y",
+        ] {
             assert!(args(wrong).is_err(), "{wrong}");
         }
     }

@@ -9,7 +9,8 @@ use farshore_extent::{Chain, Lsn, Problem};
 use farshore_protocol::admin::{TargetReply, TargetRequest};
 use farshore_target::config::Config;
 use farshore_target::store::{
-    Disk, FileDisk, InspectedBatch, InspectedSegment, StoreError, Super, inspect, inspect_segment,
+    Disk, InspectedBatch, InspectedSegment, ReadOnlyDisk, StoreError, Super, inspect,
+    inspect_segment,
 };
 use serde::Serialize;
 
@@ -41,7 +42,7 @@ pub fn run(command: &JournalCommand, global: &Global, out: &Out) -> Result<Exit,
     let dir = directory(replica, global)?;
     let show = Show { batches: *batches || *records, records: *records };
     let failed = |e: StoreError| Failure::caused(e.problem(&dir.display().to_string()), &e);
-    let disk = FileDisk::open(&dir).map_err(|e| no_store(&dir, &e.to_string()))?;
+    let disk = ReadOnlyDisk::open(&dir).map_err(|e| no_store(&dir, &e.to_string()))?;
     let (sb, segments) = inspect(&disk).map_err(failed)?;
     if !out.json {
         out.text(&head(&dir, &sb));

@@ -20,6 +20,7 @@ mod demo;
 mod doctor;
 mod exit;
 mod explain;
+mod extract;
 mod failover;
 mod filterd_file;
 mod hosts;
@@ -33,6 +34,7 @@ mod roles;
 mod signals;
 mod start_at;
 mod status;
+mod store;
 mod units;
 mod volume;
 

@@ -209,6 +209,7 @@ fn told(
             "data_bytes": done.data_bytes,
             "blake3": done.digest,
             "read_back": options.read_back,
+            "base_unverified_bytes": store.unverified_bytes(),
             "unreadable": unreadable,
             "reasons": done.reasons,
             "damage": damage_json(store),
@@ -222,6 +223,10 @@ fn told(
     let read = "every checksum of what was read, all of it durable";
     let read_back = if options.read_back { "; read back and equal" } else { "" };
     out.line(format!("  verified  {read}{read_back}"));
+    if store.unverified_bytes() > 0 {
+        let bytes = units::bytes(store.unverified_bytes());
+        out.line(format!("  but       {bytes} of the base image have no checksums yet"));
+    }
     for (range, n) in done.unreadable.iter().zip(1..) {
         if n > 16 {
             out.line(format!("  zeroed    and {} more", done.unreadable.extents() - 16));

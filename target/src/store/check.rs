@@ -339,9 +339,8 @@ impl Check<'_> {
         if report.apply_pending {
             notes.push("merging into the base was interrupted; the daemon goes on with it".into());
         }
-        let (size, summed) = store.base_size();
-        if summed < size {
-            let left = size - summed;
+        let left = store.unverified_bytes();
+        if left > 0 {
             notes.push(format!("{left} bytes of the base have no checksums yet"));
         }
         let unknown = store.unknown();

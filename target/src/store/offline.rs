@@ -113,6 +113,13 @@ impl OfflineStore {
     pub fn open_view(&self, at: Lsn) -> Result<PointReader, ViewError> {
         self.store.open_view(at)
     }
+    /// Bytes of the base without checksums: an image from elsewhere gets them in the background.
+    #[must_use]
+    pub const fn unverified_bytes(&self) -> u64 {
+        let (size, summed) = self.base_size();
+        size.saturating_sub(summed)
+    }
+
     /// Every segment of the history, oldest first.
     pub(super) fn segments(&self) -> Vec<Arc<Segment>> {
         self.store.all_segments()

@@ -106,6 +106,21 @@ fn every_moment_is_copied_out_of_the_folder_and_not_a_byte_of_it_is_changed() {
     assert_eq!(contents(dir.path()), before);
 }
 
+#[test]
+fn a_base_that_lost_its_checksums_is_read_and_said_to_be_unverified() {
+    let dir = tempfile::tempdir().unwrap();
+    life(dir.path(), 33);
+    assert_eq!(OfflineStore::open(dir.path()).unwrap().unverified_bytes(), 0);
+    std::fs::remove_file(dir.path().join("base.crc")).unwrap();
+    let store = OfflineStore::open(dir.path()).unwrap();
+    let size = std::fs::metadata(dir.path().join("base.img")).unwrap().len();
+    assert_eq!((store.unverified_bytes(), size > 0), (size, true));
+    let report = check(dir.path(), &mut |_, _| {}).unwrap();
+    assert_eq!(report.findings.len(), 1);
+    assert_eq!((&report.findings[0].file[..], report.findings[0].points), ("base.crc", 0));
+    assert!(!dir.path().join("base.crc").exists(), "the daemon makes it, nobody else");
+}
+
 /// A byte that is covered by a checksum: file and place.
 fn covered(dir: &Path, rng: &mut Rng) -> (String, u64) {
     let disk = ReadOnlyDisk::open(dir).unwrap();

@@ -21,7 +21,8 @@ use tokio::task::JoinSet;
 use crate::catalogue::{PointRow, Wanted};
 use crate::daemon::{Daemon, blocking};
 use crate::replica::Replica;
-use crate::{durable_fs, enrol, policy, problem, status, views};
+use crate::worker::Work;
+use crate::{durable_fs, enrol, policy, problem, status, upkeep, views};
 
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -156,6 +157,11 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
             let replica = daemon.replica(&volume)?;
             let set = blocking(daemon, move |d| d.set_interval(&replica, interval_ms));
             set.await.map(|()| TargetReply::Done)
+        }
+        TargetRequest::Scrub { volume } => {
+            let replica = daemon.replica(&volume)?;
+            replica.send(Work::Scrub { bytes: upkeep::SLOWEST_SCRUB, begin: true }).await;
+            Ok(TargetReply::Done)
         }
         TargetRequest::Events { limit } => {
             let limit = if limit == 0 { MAX_EVENTS } else { limit.min(MAX_EVENTS) };

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use farshore_extent::Problem;
-use farshore_protocol::config::{ByteSize, Millis, parse_toml};
+use farshore_protocol::config::{ByteRate, ByteSize, Millis, parse_toml};
 use farshore_protocol::paths::Paths;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,10 @@ pub struct Config {
     pub retention: String,
     /// A volume whose newest point is older than this is shown as lagging.
     pub rpo_target: Millis,
+    /// How often everything that is kept is read and verified.
+    pub scrub_every: Millis,
+    /// How fast, for each volume, while it has nothing else to do; 0 is never.
+    pub scrub_rate: ByteRate,
     /// Limits of everything a peer can make grow.
     pub limits: Limits,
     /// Retention policies by name, besides the built-in ones.
@@ -69,6 +73,8 @@ impl Default for Config {
             point_interval: Millis::from_secs(5),
             retention: policy::STANDARD.to_owned(),
             rpo_target: Millis::from_secs(30),
+            scrub_every: "7d".parse().unwrap_or_default(),
+            scrub_rate: "32MiB/s".parse().unwrap_or_default(),
             limits: Limits::default(),
             policies: BTreeMap::new(),
         }
@@ -140,6 +146,7 @@ impl Config {
         at_least("limits.queue_batches", size(self.limits.queue_batches), 1)?;
         at_least("limits.handshake_timeout (ms)", self.limits.handshake_timeout.millis(), 100)?;
         at_least("limits.idle_timeout (ms)", self.limits.idle_timeout.millis(), 1_000)?;
+        at_least("scrub_every (ms)", self.scrub_every.millis(), 60_000)?;
         let interval = self.point_interval.millis();
         if interval != 0 {
             at_least("point_interval (ms)", interval, 100)?;

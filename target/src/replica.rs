@@ -9,7 +9,7 @@ use farshore_extent::{CaptureOrder, Lsn, Problem, VolumeId, VolumeName};
 use farshore_protocol::message::VolumeReport;
 use tokio::sync::{mpsc, watch};
 
-use crate::catalogue::{PointSummary, VolumeRow};
+use crate::catalogue::{PointSummary, Scrub, VolumeRow};
 use crate::session::SessionId;
 use crate::worker::Work;
 
@@ -42,6 +42,8 @@ pub(crate) struct Facts {
     pub(crate) wrong_bytes: u64,
     /// Bytes of the newest state that rotted in the base and were not sent again since.
     pub(crate) rotten_bytes: u64,
+    /// What was read to be verified.
+    pub(crate) scrub: Scrubs,
     /// Views open.
     pub(crate) views: u32,
     /// Why it does not work; none when it does.
@@ -55,6 +57,17 @@ pub(crate) struct Comparison {
     pub(crate) digests: u64,
     /// How many of them differ.
     pub(crate) differing: u64,
+}
+
+/// What is read to be verified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Scrubs {
+    /// The last whole one.
+    pub(crate) last: Option<Scrub>,
+    /// Bytes verified by the one under way.
+    pub(crate) bytes: Option<u64>,
+    /// Bytes of the base that have no checksums yet.
+    pub(crate) unsummed: u64,
 }
 
 /// A replica.
@@ -91,6 +104,7 @@ impl Replica {
                 compared: Comparison::default(),
                 wrong_bytes: 0,
                 rotten_bytes: 0,
+                scrub: Scrubs::default(),
                 views: 0,
                 problem: None,
             }),
@@ -132,6 +146,12 @@ impl Replica {
     /// Gives the worker something to do; waits while its queue is full. `false`: it has ended.
     pub(crate) async fn send(&self, work: Work) -> bool {
         self.queue.send(work).await.is_ok()
+    }
+
+    /// Gives the worker something to do unless its queue is full.
+    pub(crate) fn offer(&self, work: Work) {
+        // Full, or ended: it is offered again.
+        let _ = self.queue.try_send(work);
     }
 
     /// As [`Self::send`], from a thread that may block.

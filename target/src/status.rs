@@ -64,6 +64,10 @@ fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> 
         journal_bytes: facts.journal_bytes,
         digests: facts.compared.digests,
         differing: facts.compared.differing,
+        last_scrub: facts.scrub.last.map(|last| last.at),
+        scrub_found: facts.scrub.last.map_or(0, |last| last.found),
+        scrub_bytes: facts.scrub.bytes,
+        unverified_bytes: facts.scrub.unsummed,
         problems: problems(facts, rpo, target),
     }
 }
@@ -185,6 +189,7 @@ mod tests {
             compared: Comparison::default(),
             wrong_bytes: 0,
             rotten_bytes: 0,
+            scrub: crate::replica::Scrubs::default(),
             views: 0,
             problem: None,
         }

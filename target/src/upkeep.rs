@@ -14,6 +14,10 @@ use crate::replica::Replica;
 use crate::retention::{self, policy::Policy};
 use crate::worker::Work;
 
+/// Bytes a second also where scrubbing by itself is off: for one that was asked for, and for
+/// checksums that the base does not have yet.
+pub(crate) const SLOWEST_SCRUB: u64 = 1 << 20;
+
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 const TEND_EVERY: Duration = Duration::from_secs(1);
 /// Expiry looks ten times in the shortest tier, at most and at least so often.
@@ -28,7 +32,10 @@ pub(crate) async fn keep(daemon: Arc<Daemon>) {
     loop {
         tokio::select! {
             () = daemon.stopped() => break,
-            _ = report.tick() => report_all(&daemon),
+            _ = report.tick() => {
+                report_all(&daemon);
+                scrub_all(&daemon);
+            }
             () = sleep_until(expire) => {
                 let pause = blocking(&daemon, expire_all).await.unwrap_or_else(|problem| {
                     tracing::warn!(why = problem.why, "{problem}");
@@ -73,6 +80,18 @@ fn report_all(daemon: &Daemon) {
                 oldest_point: facts.points.oldest.unwrap_or(WallTime::from_nanos(0)),
             });
         }
+    }
+}
+
+/// Lets every worker read a second's worth, and begin a pass when one is due.
+fn scrub_all(daemon: &Daemon) {
+    let rate = daemon.config.scrub_rate.bytes_per_second();
+    let (now, every) = (WallTime::now(), daemon.config.scrub_every.duration());
+    for replica in daemon.replicas() {
+        let last = replica.facts().scrub.last;
+        // A clock that was set back makes it early, never late.
+        let due = last.is_none_or(|last| last.at > now || now.since(last.at) >= every);
+        replica.offer(Work::Scrub { bytes: rate.max(SLOWEST_SCRUB), begin: due && rate > 0 });
     }
 }
 

@@ -46,6 +46,8 @@ pub(crate) enum Work {
     JournalBefore { at: Lsn, reply: oneshot::Sender<Option<u64>> },
     /// Points were dropped: count them again.
     Recount,
+    /// A second has passed: so many bytes of what is kept may be read, when nothing else waits.
+    Scrub { bytes: u64, begin: bool },
     /// End.
     Stop,
 }
@@ -95,6 +97,7 @@ pub(crate) fn spawn(
         unrecorded: Vec::new(),
         expiring: None,
         turns: 0,
+        scrubbing: damage::Scrubbing::default(),
     };
     let thread = std::thread::Builder::new().name(format!("volume-{name}"));
     let thread = thread.spawn(move || worker.run(queue));
@@ -134,10 +137,12 @@ struct Worker {
     expiring: Option<Lsn>,
     /// Turns since the last step of expiry.
     turns: u32,
+    scrubbing: damage::Scrubbing,
 }
 
 impl Worker {
     fn run(mut self, mut queue: mpsc::Receiver<Work>) {
+        self.recall_scrub();
         self.open_store();
         self.replica.has_started();
         while let Some(work) = self.next(&mut queue) {
@@ -189,7 +194,7 @@ impl Worker {
             return true;
         }
         match self.store.as_mut().map(Store::prepare_reserve) {
-            None | Some(Ok(false)) => self.sum_step(),
+            None | Some(Ok(false)) => self.scrub_step(),
             Some(Ok(true)) => true,
             Some(Err(error)) => {
                 self.store_failed(&error);
@@ -226,6 +231,7 @@ impl Worker {
                 let _ = reply.send(bytes);
             }
             Work::Recount => self.recount(),
+            Work::Scrub { bytes, begin } => self.may_scrub(bytes, begin),
             Work::Stop => return false,
         }
         true
@@ -438,6 +444,8 @@ impl Worker {
             facts.journal_bytes = store.journal_bytes();
             facts.wrong_bytes = store.wrong().bytes();
             facts.rotten_bytes = store.rotten().bytes();
+            facts.scrub.bytes = store.scrubbing();
+            facts.scrub.unsummed = at.size.get().saturating_sub(store.summed());
         });
     }
 

@@ -13,7 +13,7 @@ use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
 use crate::{
     check, compare, demo, doctor, explain, extract, failover, hosts, journal, points, policy,
-    protect, roles, status, store, volume,
+    protect, roles, scrub, status, store, volume,
 };
 
 /// Continuous disaster recovery of block devices: every second of the past as a disk.
@@ -83,6 +83,8 @@ pub enum Command {
     Verify(compare::VerifyArgs),
     /// Compare a volume with its replica and send what differs
     Resync(compare::ResyncArgs),
+    /// Read and verify everything that a replica keeps (on the target host)
+    Scrub(scrub::ScrubArgs),
     /// Change a protected volume while it is in use
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
@@ -171,6 +173,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Unprotect(args) => protect::unprotect(args, global, out),
         Command::Verify(args) => compare::verify(args, global, out),
         Command::Resync(args) => compare::resync(args, global, out),
+        Command::Scrub(args) => scrub::run(args, global, out),
         Command::Volume(command) => volume::run(command, global, out),
         Command::Point(command) => points::run(command, global, out),
         Command::Policy(command) => policy::run(command, global, out),

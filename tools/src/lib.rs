@@ -31,6 +31,7 @@ mod points;
 mod policy;
 mod protect;
 mod roles;
+mod scrub;
 mod signals;
 mod start_at;
 mod status;

@@ -86,6 +86,11 @@ pub enum TargetRequest {
     },
     /// Give a volume another retention policy, or only tell what that would do.
     SetPolicy(SetPolicy),
+    /// Read and verify everything that the replica of a volume keeps, now.
+    Scrub {
+        /// Which.
+        volume: VolumeName,
+    },
 }
 
 /// Another retention policy for a volume.
@@ -325,6 +330,14 @@ pub struct ReplicaStatus {
     pub digests: u64,
     /// How many of them differed.
     pub differing: u64,
+    /// When everything that is kept was last read and verified; none: never yet.
+    pub last_scrub: Option<WallTime>,
+    /// Damaged places that this has found.
+    pub scrub_found: u64,
+    /// Bytes verified by the scrub under way.
+    pub scrub_bytes: Option<u64>,
+    /// Bytes of the base image that have no checksums yet: rot there is not noticed.
+    pub unverified_bytes: u64,
     /// When a test failover of it was last opened, used and cleaned up.
     pub last_drill: Option<WallTime>,
     /// What is wrong, each with its code; empty when all is well.

@@ -216,6 +216,7 @@ fn target_request() -> Vec<TargetRequest> {
             interval_ms: Some(5_000),
             preview: true,
         }),
+        TargetRequest::Scrub { volume: name() },
     ]
 }
 
@@ -242,6 +243,7 @@ const fn target_request_name(request: &TargetRequest) -> &'static str {
         TargetRequest::Policies => "policies",
         TargetRequest::Policy { .. } => "policy",
         TargetRequest::SetPolicy(_) => "set-policy",
+        TargetRequest::Scrub { .. } => "scrub",
     }
 }
 
@@ -303,6 +305,10 @@ fn replica_status() -> ReplicaStatus {
         journal_bytes: 64 << 20,
         digests: 5,
         differing: 6,
+        last_scrub: Some(time()),
+        scrub_found: 7,
+        scrub_bytes: Some(8),
+        unverified_bytes: 9,
         problems: vec![problem()],
     }
 }

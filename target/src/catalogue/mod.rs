@@ -39,6 +39,15 @@ impl From<CatalogueError> for farshore_extent::Problem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Age(pub u64);
 
+/// A scrub that has read everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scrub {
+    /// When it ended.
+    pub at: WallTime,
+    /// How many damaged places it has found.
+    pub found: u64,
+}
+
 /// An enrolled host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostRow {
@@ -226,6 +235,10 @@ pub trait Catalogue: Send {
 
     /// When a view of the volume was last closed.
     fn last_drill(&self, volume: VolumeId) -> Result<Option<WallTime>, CatalogueError>;
+
+    /// The last scrub of the volume that has read everything.
+    fn last_scrub(&self, volume: VolumeId) -> Result<Option<Scrub>, CatalogueError>;
+    fn set_last_scrub(&mut self, volume: VolumeId, scrub: Scrub) -> Result<(), CatalogueError>;
 
     fn add_event(&mut self, event: &EventRow) -> Result<(), CatalogueError>;
     /// Newest first; `limit` 0 is all that are kept.

@@ -14,8 +14,8 @@ use farshore_extent::{
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{
-    Age, Catalogue, CatalogueError, EventRow, HostRow, NewPoint, PointRow, PointSummary, ViewRow,
-    VolumeRow, Wanted,
+    Age, Catalogue, CatalogueError, EventRow, HostRow, NewPoint, PointRow, PointSummary, Scrub,
+    ViewRow, VolumeRow, Wanted,
 };
 
 const VERSION: i64 = 2;
@@ -188,6 +188,11 @@ fn sql_limit(limit: u32) -> i64 {
 }
 
 impl SqliteCatalogue {
+    fn meta(&self, key: &str) -> Result<Option<i64>, CatalogueError> {
+        let sql = "SELECT value FROM meta WHERE key = ?";
+        Ok(self.db.prepare_cached(sql)?.query_row([key], |row| row.get(0)).optional()?)
+    }
+
     fn rows<T>(
         &self,
         sql: &str,
@@ -422,6 +427,22 @@ impl Catalogue for SqliteCatalogue {
         Ok(closed.map(WallTime::from_nanos))
     }
 
+    fn last_scrub(&self, volume: VolumeId) -> Result<Option<Scrub>, CatalogueError> {
+        let at = self.meta(&format!("scrub {volume}"))?.map(WallTime::from_nanos);
+        let found = self.meta(&format!("scrub {volume} found"))?.unwrap_or(0);
+        let found = u64::try_from(found).map_err(damaged)?;
+        Ok(at.map(|at| Scrub { at, found }))
+    }
+
+    fn set_last_scrub(&mut self, volume: VolumeId, scrub: Scrub) -> Result<(), CatalogueError> {
+        let step = self.db.transaction()?;
+        let set = "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)";
+        step.execute(set, params![format!("scrub {volume}"), scrub.at.nanos()])?;
+        step.execute(set, params![format!("scrub {volume} found"), signed(scrub.found)?])?;
+        step.commit()?;
+        Ok(())
+    }
+
     fn add_event(&mut self, event: &EventRow) -> Result<(), CatalogueError> {
         let step = self.db.transaction()?;
         step.execute(
@@ -445,8 +466,7 @@ impl Catalogue for SqliteCatalogue {
     }
 
     fn age(&self) -> Result<Age, CatalogueError> {
-        let sql = "SELECT value FROM meta WHERE key = 'age_ms'";
-        let value: Option<i64> = self.db.query_row(sql, [], |row| row.get(0)).optional()?;
+        let value = self.meta("age_ms")?;
         Ok(Age(u64::try_from(value.unwrap_or(0)).map_err(damaged)?))
     }
 

@@ -59,5 +59,8 @@ pub const COMPARE_PIECE: u64 = 256 << 10;
 /// Content compared in one step, in bytes: a few milliseconds.
 pub const COMPARE_STEP_BYTES: u64 = 1 << 20;
 
+/// Read in one step of a scrub, in bytes: some 10 ms of a disk.
+pub const SCRUB_STEP_BYTES: u64 = 1 << 20;
+
 /// Ranges that verification found to be wrong are joined when there are more.
 pub const MAX_WRONG: usize = 1024;

@@ -36,6 +36,7 @@ mod recover;
 mod rot;
 mod runs;
 mod scan;
+mod scrub;
 mod segment;
 mod segment_files;
 mod sim_disk;
@@ -69,6 +70,7 @@ pub use read_only::ReadOnlyDisk;
 pub(crate) use read_only::same_file;
 pub(crate) use recover::SEED;
 pub use recover::{Damage, RecoveryReport};
+pub use scrub::{ScrubFinding, Scrubbed};
 pub use sim_disk::{SimDisk, SimFaults};
 pub use superblock::{Super, SuperError};
 pub use view::{Content, OpenViews, PointReader};
@@ -202,6 +204,8 @@ pub struct Store {
     pins: Pins,
     comparer: Comparer,
     expiry: Option<expire::Expiry>,
+    /// A scrub under way.
+    pass: Option<scrub::Pass>,
     /// A merge was interrupted: holes of the base may be there in the page cache only.
     distrust_holes: bool,
     /// Segments below the base that a view still reads.

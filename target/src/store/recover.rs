@@ -539,6 +539,7 @@ impl Walk {
             comparer: super::compare::Comparer::default(),
             pins: Arc::new(Mutex::new(BTreeMap::new())),
             expiry: None,
+            pass: None,
             distrust_holes: self.report.apply_pending,
             doomed: Vec::new(),
             poisoned: None,

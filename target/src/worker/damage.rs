@@ -1,7 +1,20 @@
 //! Damage of the medium, found when the store was opened or while it is read: told to people.
 
+use farshore_extent::WallTime;
+
 use super::Worker;
-use crate::store::{RecoveryReport, limits};
+use crate::catalogue::Scrub;
+use crate::store::{RecoveryReport, ScrubFinding, StoreError, limits};
+
+/// What may be scrubbed now, and what the pass under way has found.
+#[derive(Default)]
+pub(super) struct Scrubbing {
+    /// Bytes until the next second.
+    left: u64,
+    /// A pass is to begin.
+    wanted: bool,
+    found: u64,
+}
 
 impl Worker {
     pub(super) fn report_recovery(&self, report: &RecoveryReport) {
@@ -23,15 +36,91 @@ impl Worker {
         }
     }
 
-    /// One bounded step of making checksums that the base does not have yet; whether there is more.
-    pub(super) fn sum_step(&mut self) -> bool {
-        match self.store.as_mut().map(|store| store.make_sums(limits::COMPARE_STEP_BYTES)) {
-            None | Some(Ok(false)) => false,
-            Some(Ok(true)) => true,
-            Some(Err(error)) => {
-                self.store_failed(&error);
-                false
+    /// When the last pass ended, as the catalogue knows it.
+    pub(super) fn recall_scrub(&self) {
+        match self.catalogue.lock().last_scrub(self.replica.volume) {
+            Ok(last) => self.replica.update(|facts| facts.scrub.last = last),
+            Err(error) => tracing::error!(%error, "the last scrub cannot be looked up"),
+        }
+    }
+
+    /// A second has passed: so many bytes may be read, and perhaps a pass is to begin.
+    pub(super) fn may_scrub(&mut self, bytes: u64, begin: bool) {
+        self.scrubbing.left = bytes;
+        self.scrubbing.wanted |= begin;
+        // On a volume that is never idle it is this one step a second.
+        self.scrub_step();
+    }
+
+    /// One bounded step of making checksums that the base does not have yet, or of a scrub; whether
+    /// there is more to do now.
+    pub(super) fn scrub_step(&mut self) -> bool {
+        let step = limits::SCRUB_STEP_BYTES.min(self.scrubbing.left);
+        let Some(store) = self.store.as_mut().filter(|_| step > 0) else { return false };
+        let mut read = step;
+        let stepped = store.make_sums(step).and_then(|made| {
+            let wanted = std::mem::take(&mut self.scrubbing.wanted);
+            if made {
+                self.scrubbing.wanted = wanted;
+                return Ok(None);
             }
+            if store.scrubbing().is_none() {
+                if !wanted {
+                    read = 0;
+                    return Ok(None);
+                }
+                self.scrubbing.found = 0;
+            }
+            store.scrub(step).map(Some)
+        });
+        let scrubbed = match stepped {
+            Ok(scrubbed) => scrubbed,
+            // Checksums can wait; status says how many are missing.
+            Err(StoreError::DiskFull { .. }) => return false,
+            Err(error) => {
+                self.store_failed(&error);
+                return false;
+            }
+        };
+        let mut more = read > 0;
+        if let Some(scrubbed) = scrubbed {
+            read = scrubbed.read.max(limits::COMPARE_PIECE);
+            more = !scrubbed.done && !scrubbed.waits;
+            self.scrubbing.found += scrubbed.findings.len() as u64 + scrubbed.rotten;
+            self.report_findings(&scrubbed.findings);
+            self.report_rot();
+            if scrubbed.done {
+                self.end_scrub();
+            }
+        }
+        if read > 0 {
+            self.publish_position();
+        }
+        self.scrubbing.left = self.scrubbing.left.saturating_sub(read);
+        more && self.scrubbing.left > 0
+    }
+
+    fn end_scrub(&mut self) {
+        let last = Scrub { at: WallTime::now(), found: self.scrubbing.found };
+        let noted = self.catalogue.lock().set_last_scrub(self.replica.volume, last);
+        if let Err(error) = noted {
+            tracing::error!(volume = %self.name(), %error, "the end of a scrub was not noted");
+        }
+        self.replica.update(|facts| facts.scrub.last = Some(last));
+    }
+
+    fn report_findings(&self, findings: &[ScrubFinding]) {
+        for finding in findings {
+            let first = finding.extents.first();
+            let text = format!(
+                "{}; ranges: {}{}; points from {} on that did not overwrite them lack them",
+                finding.what,
+                finding.extents.len(),
+                first.map(|first| format!(", the first {first}")).unwrap_or_default(),
+                finding.from,
+            );
+            tracing::error!(volume = %self.name(), "{text}");
+            self.catalogue.note(6009, Some(&self.name()), text);
         }
     }
 

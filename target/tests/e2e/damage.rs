@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use farshore_changelog::HashPurpose;
-use farshore_extent::{Extent, PairState, PointKind, VolumeName};
-use farshore_protocol::admin::{OpenView, PointChoice, TargetReply, TargetRequest};
+use farshore_extent::{Extent, PairState, PointKind, VolumeName, WallTime};
+use farshore_protocol::admin::{OpenView, PointChoice, ReplicaStatus, TargetReply, TargetRequest};
 use farshore_protocol::message::{FromTarget, Verdict};
 
 use farshore_target::store::{FileDisk, inspect};
@@ -211,4 +211,53 @@ async fn rot_of_the_base_is_an_event_and_a_problem_until_a_resync_has_sent_it_ag
     let Ok(TargetReply::Status(status)) = bed.ask(TargetRequest::Status).await else { panic!() };
     assert!(status[0].problems.iter().all(|p| p.code.0 != 6015), "{:?}", status[0].problems);
     bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scrub_that_was_asked_for_is_shown_with_its_end_and_what_it_found() {
+    let mut bed = Bed::start().await;
+    let host = bed.enroll("db1").await;
+    let mut source = Source::new("pgdata");
+    let mut connection = bed.connect(&host).await;
+    source.open(&mut connection).await;
+    source.begin();
+    // Enough to fill a segment.
+    for value in 1..14 {
+        source.write_noise(65_536, 900_000 / 512 * 512, value);
+        source.ship(&mut connection).await;
+    }
+    let first = scrubbed_after(&bed, None).await;
+    assert_eq!((first.scrub_found, first.unverified_bytes), (0, 0));
+    bed.stop().await;
+    let segment = "seg-0000000000000001";
+    let dir = bed.paths.state.join(format!("target/volumes/{}", source.volume));
+    let mut bytes = std::fs::read(dir.join(segment)).unwrap();
+    bytes[1 << 20] ^= 1;
+    std::fs::write(dir.join(segment), bytes).unwrap();
+    bed.resume().await;
+    let volume = VolumeName::new("pgdata").unwrap();
+    let asked = bed.ask(TargetRequest::Scrub { volume }).await;
+    assert!(matches!(asked, Ok(TargetReply::Done)), "{asked:?}");
+    assert_eq!(scrubbed_after(&bed, first.last_scrub).await.scrub_found, 1);
+    let request = TargetRequest::Events { limit: 0 };
+    let Ok(TargetReply::Events(events)) = bed.ask(request).await else { panic!() };
+    let event = events.iter().find(|e| e.code == 6009).expect("an event");
+    assert!(event.text.contains(segment), "{}", event.text);
+    bed.stop().await;
+}
+
+/// The replica once a scrub has ended that is newer than `last`.
+async fn scrubbed_after(bed: &Bed, last: Option<WallTime>) -> ReplicaStatus {
+    let ended = async {
+        loop {
+            let Ok(TargetReply::Status(status)) = bed.ask(TargetRequest::Status).await else {
+                panic!()
+            };
+            if status[0].last_scrub > last {
+                return status[0].clone();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(LONG, ended).await.expect("no scrub ends")
 }

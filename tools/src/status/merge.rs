@@ -81,6 +81,21 @@ pub struct Row {
     pub intent: Option<IntentInfo>,
     /// Source: the throttle; none when it is off.
     pub throttle: Option<ThrottleInfo>,
+    /// Target: what of the replica was read and verified.
+    pub scrub: Option<ScrubInfo>,
+}
+
+/// What of a replica was read and verified.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ScrubInfo {
+    /// When all of it was, last; none: never yet.
+    pub ended: Option<WallTime>,
+    /// Damaged places that this has found.
+    pub found: u64,
+    /// Bytes verified by the scrub under way.
+    pub verified_bytes: Option<u64>,
+    /// Bytes of the base that have no checksums yet.
+    pub unverified_bytes: u64,
 }
 
 /// What is wrong, and with what.
@@ -175,6 +190,12 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         verify: None,
         intent: None,
         throttle: None,
+        scrub: Some(ScrubInfo {
+            ended: r.last_scrub,
+            found: r.scrub_found,
+            verified_bytes: r.scrub_bytes,
+            unverified_bytes: r.unverified_bytes,
+        }),
     }
 }
 
@@ -233,6 +254,7 @@ fn of_source(
         verify: Some(v.verify.clone()),
         intent: v.intent.clone(),
         throttle: v.throttle,
+        scrub: None,
     }
 }
 

@@ -53,6 +53,7 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
     text.push('\n');
     text.push_str(&copies(&report.volumes));
     text.push_str(&verifies(&report.volumes));
+    text.push_str(&scrubs(&report.volumes));
     text.push_str(&spools(report));
     text.push_str(&throttles(&report.volumes));
     text.push_str(&problems(&report.problems));
@@ -100,6 +101,22 @@ fn verifies(rows: &[Row]) -> String {
         let verify = row.verify.as_ref().filter(|verify| verify.running)?;
         let (done, all) = (units::bytes(verify.checked_bytes), units::bytes(verify.total_bytes));
         Some(format!("verifying {}: {done} of {all} compared\n", row.volume))
+    };
+    let lines: String = rows.iter().filter_map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// What is being read on the target to be verified, and what cannot be yet.
+fn scrubs(rows: &[Row]) -> String {
+    let line = |row: &Row| {
+        let scrub = row.scrub.as_ref()?;
+        let name = &row.volume;
+        if scrub.unverified_bytes > 0 {
+            let left = units::bytes(scrub.unverified_bytes);
+            return Some(format!("{name}: {left} of its base image have no checksums yet\n"));
+        }
+        let done = units::bytes(scrub.verified_bytes?);
+        Some(format!("scrubbing {name}: {done} verified\n"))
     };
     let lines: String = rows.iter().filter_map(line).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
@@ -249,6 +266,10 @@ pub mod tests_data {
             journal_bytes: 7 << 30,
             digests: 0,
             differing: 0,
+            last_scrub: Some(back(86_400)),
+            scrub_found: 0,
+            scrub_bytes: None,
+            unverified_bytes: 0,
             last_drill: Some(back(180_000)),
             problems: Vec::new(),
         }

@@ -8,8 +8,8 @@ use farshore_extent::{Extent, Lsn, SECTOR, Seq, WallTime};
 use super::source::{Image, Source, assert_same, sector, tiny};
 use crate::store::base::{ALL, IMAGE, SUMS};
 use crate::store::{
-    Content, Disk, Faults, FileKind, PointReader, ReadError, RecoveryReport, SEED, SimDisk, Store,
-    StoreError,
+    Content, Disk, Faults, FileKind, PointReader, ReadError, RecoveryReport, SEED, ScrubFinding,
+    SimDisk, Store, StoreError,
 };
 
 fn open(disk: &SimDisk, faults: Faults) -> Result<(Store, RecoveryReport), StoreError> {
@@ -306,4 +306,66 @@ fn a_resync_asks_for_what_rotted_and_the_newest_state_is_whole_when_it_was_sent(
     drop(store);
     let store = reopen(&disk);
     assert_same(&store.open_unordered_view(source.last).unwrap(), &image);
+}
+
+/// A whole pass: what it found in the journal, and in the base.
+fn scrub(store: &mut Store) -> (Vec<ScrubFinding>, Vec<Extent>) {
+    let mut findings = Vec::new();
+    loop {
+        let scrubbed = store.scrub(3 * SECTOR).unwrap();
+        findings.extend(scrubbed.findings);
+        assert!(!scrubbed.waits);
+        if scrubbed.done {
+            return (findings, store.take_rot());
+        }
+    }
+}
+
+#[test]
+fn a_scrub_finds_every_rotten_byte_of_sealed_segments_and_base_and_no_other() {
+    let disk = SimDisk::new(28);
+    let (mut store, mut source, _) = merged(&disk, 28, 60);
+    for _ in 0..120 {
+        source.batch();
+        source.send(&mut store);
+        source.acked = store.commit().unwrap().durable;
+    }
+    assert!(store.segments.len() > 3);
+    assert_eq!(scrub(&mut store), (vec![], vec![]));
+    assert_eq!(store.scrubbing(), None);
+    let segment = &store.segments[store.segments.len() - 2];
+    let file = format!("seg-{}", segment.id());
+    let batches = segment.batches().unwrap();
+    drop(store);
+    let inside =
+        |at: u64| batches.iter().find(|b| (b.place..b.place + u64::from(b.len)).contains(&at));
+    let mut found = 0;
+    for at in (4096..disk.contents(&file).unwrap().len() as u64).step_by(389) {
+        let Some(batch) = inside(at) else { continue };
+        assert!(disk.rot(&file, at, 16));
+        let mut store = reopen(&disk);
+        let (findings, rot) = scrub(&mut store);
+        assert_eq!((findings.len(), rot), (1, vec![]), "{file} at {at}");
+        assert!(findings[0].what.starts_with(&file), "{findings:?}");
+        assert_eq!(findings[0].from, Lsn::new(batch.epoch, batch.first_seq));
+        let view = store.open_unordered_view(source.acked).unwrap();
+        for n in findings[0].extents.iter().flat_map(|e| e.offset() / SECTOR..e.end() / SECTOR) {
+            let sector = Extent::new(n * SECTOR, SECTOR).unwrap();
+            let lost = match view.read_at(&mut [0; 512], sector.offset()) {
+                Ok(()) | Err(ReadError::Unknown { .. } | ReadError::Outside { .. }) => false,
+                Err(_) => true,
+            };
+            assert_eq!(store.rotten().overlaps(sector), lost, "{sector}");
+        }
+        assert!(disk.rot(&file, at, 16));
+        found += 1;
+    }
+    assert!(found > 40, "too few to mean much: {found}");
+    let mut store = reopen(&disk);
+    let data = disk.contents(IMAGE).unwrap();
+    let at = data.iter().position(|b| *b != 0).unwrap() as u64;
+    let extent = Extent::new(at / SECTOR * SECTOR, SECTOR).unwrap();
+    let known = !store.sb.unknown.overlaps(extent);
+    assert!(disk.rot(IMAGE, at, 1));
+    assert_eq!(scrub(&mut store), (vec![], known.then_some(extent).into_iter().collect()));
 }

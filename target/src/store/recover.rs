@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use farshore_changelog::limits::MAX_SEGMENT_BYTES;
 use farshore_changelog::{
-    SegmentError, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer,
+    BatchHeader, SegmentError, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer,
 };
 use farshore_extent::{CaptureOrder, Chain, ExtentSet, Lsn, VolumeSize};
 
@@ -359,21 +359,35 @@ impl Walk {
         match parsed {
             Err(SegmentError::Version(v)) => Err(StoreError::Version(v)),
             Ok(header) if header.segment == id && header.volume == self.sb.volume => Ok(header),
-            Ok(_) | Err(_) => Ok(SegmentHeader {
-                volume: self.sb.volume,
-                generation: self.sb.generation,
-                epoch: self.at.epoch,
-                segment: id,
-                prev: self.at,
-                prev_chain: self.chain,
-                created: self.sb.created,
-                capacity: (len / ALIGN as u64 * ALIGN as u64)
-                    .clamp(3 * ALIGN as u64, MAX_SEGMENT_BYTES),
-                size: self.size,
-                blocks: self.sb.blocks,
-                order: self.order,
-            }),
+            Ok(_) | Err(_) => {
+                let (prev, prev_chain) = self.place_before(file);
+                Ok(SegmentHeader {
+                    volume: self.sb.volume,
+                    generation: self.sb.generation,
+                    epoch: prev.epoch,
+                    segment: id,
+                    prev,
+                    prev_chain,
+                    created: self.sb.created,
+                    capacity: (len / ALIGN as u64 * ALIGN as u64)
+                        .clamp(3 * ALIGN as u64, MAX_SEGMENT_BYTES),
+                    size: self.size,
+                    blocks: self.sb.blocks,
+                    order: self.order,
+                })
+            }
         }
+    }
+
+    /// Where a segment without a header must begin: where the one before it ends, or, when it is the
+    /// oldest, where its first batch says.
+    fn place_before(&self, file: &dyn DiskFile) -> (Lsn, Chain) {
+        let mut block = vec![0; ALIGN];
+        let oldest = self.segments.is_empty() && file.read_at(&mut block, ALIGN as u64).is_ok();
+        let first = BatchHeader::parse(&block)
+            .ok()
+            .filter(|first| oldest && first.volume == self.sb.volume && first.prev <= self.sb.base);
+        first.map_or((self.at, self.chain), |first| (first.prev, first.prev_chain))
     }
 
     fn trailer(

@@ -179,6 +179,28 @@ fn survey(view: &PointReader, image: &Image) -> (u64, u64) {
 }
 
 #[test]
+fn a_damaged_header_of_any_segment_costs_nothing() {
+    let disk = SimDisk::new(14);
+    let (mut store, source) = filled(&disk, 14, 90);
+    let some = *source.images.keys().nth(source.images.len() / 4).unwrap();
+    while !store.expire(some).unwrap().done {}
+    let position = store.position();
+    assert!(position.base > Lsn::ZERO && store.segments.len() > 1);
+    let names: Vec<_> = store.segments.iter().map(|s| format!("seg-{}", s.id())).collect();
+    drop(store);
+    for name in names {
+        assert!(disk.rot(&name, 70, 1));
+        let (store, report) = reopen(&disk);
+        assert_eq!((report.damage.as_slice(), store.position()), (&[][..], position), "{name}");
+        for place in source.images.range(position.floor..).map(|(place, _)| *place) {
+            source.check_at(&store, place);
+        }
+        drop(store);
+        assert!(disk.rot(&name, 70, 1));
+    }
+}
+
+#[test]
 fn a_batch_whose_tables_are_damaged_opens_no_place_behind_it_within_its_segment() {
     let disk = SimDisk::new(4);
     let (store, source) = filled(&disk, 12, 60);

@@ -79,6 +79,7 @@ fn a_daemon_that_does_not_run_is_unreachable_and_named() {
         (&["token", "create", "--for", "db1", "--address", "a:1"], "target"),
         (&["host", "list"], "target"),
         (&["policy", "list"], "target"),
+        (&["scrub", "x", "--wait"], "target"),
         (&["policy", "set", "x", "24h", "--yes"], "target"),
         (&["event", "list"], "target"),
         (&["status"], "daemon"),

@@ -266,7 +266,6 @@ impl Check<'_> {
 
     fn segment(&mut self, mut check: SegmentCheck) {
         let name = file_name(check.id());
-        let mut done = 0;
         loop {
             let wounds = &mut self.wounds;
             let mut seen = |at: Lsn, extent: Extent| {
@@ -281,15 +280,13 @@ impl Check<'_> {
             for flaw in check.take_flaws() {
                 self.wound(&name, flaw);
             }
-            let (read, _) = check.done();
-            self.read(read - done);
-            done = read;
+            self.read(check.take_read());
             if !more {
                 break;
             }
         }
         self.report.batches += check.batches();
-        self.report.frames += check.done().1;
+        self.report.frames += check.frames();
     }
 
     /// An index that can be made again from those of the segments.

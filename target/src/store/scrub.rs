@@ -2,13 +2,16 @@
 //!
 //! Finds what nobody would read for weeks while it can still be sent again. Changes nothing.
 
-use farshore_changelog::{BatchError, BatchPlace, IndexPlace, RawBatch, SegmentId};
+use std::sync::Arc;
+
+use farshore_changelog::SegmentId;
 use farshore_extent::{Extent, ExtentSet, Lsn};
 
 use super::Store;
 use super::base::join_if_many;
 use super::error::{ReadError, StoreError};
-use super::segment::{Pages, Segment, file_name};
+use super::segment::{Segment, file_name};
+use super::verify::{Flaw, SegmentCheck};
 use super::view::{PointReader, Source};
 
 /// Read of the base at once, in bytes.
@@ -22,8 +25,7 @@ const MOST_READ: u64 = 16 << 20;
 pub struct ScrubFinding {
     /// File, place in it, and what is wrong.
     pub what: String,
-    /// Ranges of the volume whose newest version up to the end of the file lies there; all of the
-    /// volume when that cannot be told.
+    /// Ranges of the volume that cannot be read from there on, until they are written again.
     pub extents: Vec<Extent>,
     /// First place that may need it; places before are not affected.
     pub from: Lsn,
@@ -47,8 +49,8 @@ pub struct Scrubbed {
 /// A pass under way.
 #[derive(Default)]
 pub(super) struct Pass {
-    /// The segment being read, and its batches that are not read yet, the last one first.
-    segment: Option<(SegmentId, Vec<BatchPlace>)>,
+    /// The segment being read.
+    check: Option<SegmentCheck>,
     /// Segments up to here are done.
     done: Option<SegmentId>,
     /// The base is verified up to here.
@@ -73,8 +75,11 @@ impl Store {
         let mut pass = self.pass.take().unwrap_or_default();
         let mut out = Scrubbed::default();
         while out.read < bytes && !out.done && !out.waits {
-            match self.next_segment_to_scrub(&mut pass, &mut out) {
-                Some(id) => self.scrub_segment(id, &mut pass, &mut out),
+            let next = |s: &&Arc<Segment>| pass.done.is_none_or(|done| s.id() > done);
+            let check = pass.check.take();
+            let begin = || self.segments.iter().find(next).cloned().map(SegmentCheck::new);
+            match check.or_else(begin) {
+                Some(check) => self.scrub_segment(check, &mut pass, &mut out),
                 None => self.scrub_base(&mut pass, &mut out),
             }
         }
@@ -88,46 +93,30 @@ impl Store {
         Ok(out)
     }
 
-    /// The segment that is being read, or the next one that is not written any more.
-    fn next_segment_to_scrub(&self, pass: &mut Pass, out: &mut Scrubbed) -> Option<SegmentId> {
-        if let Some((id, _)) = &pass.segment {
-            return Some(*id);
+    /// One more batch of a segment.
+    fn scrub_segment(&self, mut check: SegmentCheck, pass: &mut Pass, out: &mut Scrubbed) {
+        let id = check.id();
+        // Expired meanwhile?
+        let kept = self.segments.binary_search_by_key(&id, |s| s.id()).is_ok();
+        let more = kept && check.step(&mut |_, _| {});
+        out.read += check.take_read();
+        let flaws = check.take_flaws().into_iter().filter(|_| kept);
+        out.findings.extend(flaws.map(|flaw| self.finding(id, flaw)));
+        if more {
+            pass.check = Some(check);
+        } else {
+            pass.done = Some(id);
         }
-        let next = self.segments.iter().find(|s| pass.done.is_none_or(|done| s.id() > done))?;
-        let batches = next.batches().map(|mut batches| {
-            batches.reverse();
-            batches
-        });
-        let batches = batches.and_then(|batches| verify_index(next, &batches).map(|()| batches));
-        let batches = batches.unwrap_or_else(|why| {
-            let all = self.position().size.extent();
-            out.findings.push(ScrubFinding {
-                what: format!("the index of {} is damaged: {why}", file_name(next.id())),
-                extents: vec![all],
-                from: next.header.prev,
-            });
-            Vec::new()
-        });
-        pass.segment = Some((next.id(), batches));
-        Some(next.id())
     }
 
-    fn scrub_segment(&self, id: SegmentId, pass: &mut Pass, out: &mut Scrubbed) {
-        let segment = self.segments.iter().find(|s| s.id() == id);
-        let batch = pass.segment.as_mut().and_then(|(_, left)| left.pop());
-        // Expired meanwhile, or all read.
-        let Some((segment, batch)) = segment.zip(batch) else {
-            (pass.segment, pass.done) = (None, Some(id));
-            return;
-        };
-        out.read += u64::from(batch.len);
-        if let Err(why) = verify_batch(segment, &batch) {
-            out.findings.push(ScrubFinding {
-                what: format!("{} is damaged at {}: {why}", file_name(id), batch.place),
-                extents: extents_of(segment, &batch),
-                from: Lsn::new(batch.epoch, batch.first_seq),
-            });
+    fn finding(&self, id: SegmentId, flaw: Flaw) -> ScrubFinding {
+        let Flaw { place, what, shut, ranges, from } = flaw;
+        let mut what = format!("{} is damaged at {place}: {what}", file_name(id));
+        if let Some((first, end)) = shut {
+            what += &format!("; no place from {first} to before {end} can be opened");
         }
+        let extents = ranges.inside(self.position().size.extent()).collect();
+        ScrubFinding { what, extents, from: shut.map_or(from, |(first, _)| first) }
     }
 
     fn scrub_base(&self, pass: &mut Pass, out: &mut Scrubbed) {
@@ -183,27 +172,6 @@ impl Store {
     }
 }
 
-/// Every byte of a batch, and that it is the one that the directory means.
-fn verify_batch(segment: &Segment, batch: &BatchPlace) -> Result<(), StoreError> {
-    let damaged = |source| StoreError::Batch { segment: segment.id(), place: batch.place, source };
-    let mut bytes = vec![0; batch.len as usize];
-    segment.read(&mut bytes, batch.place)?;
-    let checked = RawBatch::parse(&bytes).and_then(RawBatch::check).map_err(damaged)?;
-    if checked.header().chain == batch.chain { Ok(()) } else { Err(damaged(BatchError::Chain)) }
-}
-
-/// The pages of the index and of the directory of frames have checksums of their own.
-fn verify_index(segment: &Segment, batches: &[BatchPlace]) -> Result<(), StoreError> {
-    let pages = Pages::new(1);
-    segment.lookup(0, u64::MAX, &pages, &mut Vec::new())?;
-    let mut frames = batches.iter().flat_map(frames_of);
-    frames.try_for_each(|frame| segment.frame(frame, &pages).map(drop))
-}
-
-fn frames_of(batch: &BatchPlace) -> std::ops::Range<u32> {
-    batch.first_frame..batch.first_frame.saturating_add(batch.frame_count)
-}
-
 /// The parts of `extent` that are known and cannot be read.
 fn unreadable(view: &PointReader, extent: Extent) -> Vec<Extent> {
     let Some(inside) = extent.intersection(view.size().extent()) else { return Vec::new() };
@@ -214,19 +182,4 @@ fn unreadable(view: &PointReader, extent: Extent) -> Vec<Extent> {
         view.read_at(&mut bytes, piece.offset()).is_err()
     });
     lost.map(|(piece, _)| piece).collect()
-}
-
-/// Ranges whose newest version within the segment lies in this batch.
-fn extents_of(segment: &Segment, batch: &BatchPlace) -> Vec<Extent> {
-    let mut entries = Vec::new();
-    if segment.lookup(0, u64::MAX, &Pages::new(1), &mut entries).is_err() {
-        return vec![segment.size.extent()];
-    }
-    let frames = frames_of(batch);
-    let here = entries.iter().filter(|entry| match entry.place {
-        IndexPlace::Frame { frame, .. } => frames.contains(&frame),
-        IndexPlace::Zero | IndexPlace::Unknown => false,
-    });
-    let all: ExtentSet = here.filter_map(|entry| entry.extent()).collect();
-    all.iter().collect()
 }

@@ -122,9 +122,14 @@ impl SegmentCheck {
         self.segment.id()
     }
 
-    /// Bytes read, and frames that were decoded.
-    pub(crate) const fn done(&self) -> (u64, u64) {
-        (self.read, self.frame_count)
+    /// Bytes read since the last call.
+    pub(crate) const fn take_read(&mut self) -> u64 {
+        std::mem::replace(&mut self.read, 0)
+    }
+
+    /// Frames decoded.
+    pub(crate) const fn frames(&self) -> u64 {
+        self.frame_count
     }
 
     /// Number of batches.

@@ -111,14 +111,14 @@ impl Worker {
 
     fn report_findings(&self, findings: &[ScrubFinding]) {
         for finding in findings {
-            let first = finding.extents.first();
-            let text = format!(
-                "{}; ranges: {}{}; points from {} on that did not overwrite them lack them",
-                finding.what,
-                finding.extents.len(),
-                first.map(|first| format!(", the first {first}")).unwrap_or_default(),
-                finding.from,
-            );
+            let ranges = finding.extents.first().map(|first| {
+                format!(
+                    "; ranges: {}, the first {first}; points from {} on that did not overwrite them lack them",
+                    finding.extents.len(),
+                    finding.from,
+                )
+            });
+            let text = format!("{}{}", finding.what, ranges.unwrap_or_default());
             tracing::error!(volume = %self.name(), "{text}");
             self.catalogue.note(6009, Some(&self.name()), text);
         }

@@ -1,6 +1,6 @@
 //! `farshore scrub`: read and verify everything that a replica keeps, now.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use farshore_extent::{Problem, VolumeName};
@@ -15,6 +15,10 @@ use crate::units;
 
 /// Between two looks while waiting.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// A scrub that has read nothing for so long is not waited for: its volume may have no store that
+/// works, or a merge that cannot end.
+const STILL: Duration = Duration::from_secs(120);
 
 /// Options of `scrub`.
 #[derive(Debug, Args)]
@@ -44,10 +48,14 @@ pub fn run(args: &ScrubArgs, global: &Global, out: &Out) -> Result<Exit, Failure
         out.hint("farshore status shows how far it is, farshore event list what it finds");
         return Ok(Exit::Ok);
     }
+    let mut progress = (reached(&before), Instant::now());
     let now = loop {
         let now = look(&paths, name)?;
         if now.last_scrub > before.last_scrub {
             break now;
+        }
+        if stands_still(&mut progress, &now, Instant::now()) {
+            return Err(still(name).into());
         }
         #[allow(clippy::disallowed_methods)] // between two looks; nobody tells us of the end
         std::thread::sleep(LOOK);
@@ -64,6 +72,31 @@ pub fn run(args: &ScrubArgs, global: &Global, out: &Out) -> Result<Exit, Failure
         None => {}
     }
     Ok(Exit::Ok)
+}
+
+/// What grows or shrinks while a scrub, or the making of checksums before it, goes on.
+fn reached(status: &ReplicaStatus) -> (Option<u64>, u64) {
+    (status.scrub_bytes, status.unverified_bytes)
+}
+
+fn stands_still(
+    progress: &mut ((Option<u64>, u64), Instant),
+    now: &ReplicaStatus,
+    at: Instant,
+) -> bool {
+    if reached(now) != progress.0 {
+        *progress = (reached(now), at);
+    }
+    at.saturating_duration_since(progress.1) >= STILL
+}
+
+fn still(name: &VolumeName) -> Problem {
+    Problem::harmless(
+        6017,
+        format!("the scrub of {name} does not go on"),
+        format!("nothing was read for {} s", STILL.as_secs()),
+        "farshore status shows what is wrong with the volume; the scrub goes on when it can",
+    )
 }
 
 fn look(paths: &Paths, name: &VolumeName) -> Result<ReplicaStatus, Problem> {
@@ -92,4 +125,28 @@ fn damaged(name: &VolumeName, found: u64) -> Problem {
         ),
     )
     .with_risk("what is damaged is never served; points that need it lack it")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::tests_data::sides;
+
+    #[test]
+    fn a_scrub_is_waited_for_while_it_reads_and_not_when_it_stands_still() {
+        let mut status = sides().target.unwrap().remove(0);
+        let start = Instant::now();
+        let mut progress = (reached(&status), start);
+        for minute in 1..10 {
+            status.scrub_bytes = Some(u64::from(minute));
+            assert!(!stands_still(
+                &mut progress,
+                &status,
+                start + minute * Duration::from_secs(60)
+            ));
+        }
+        let last = start + Duration::from_secs(9 * 60);
+        assert!(!stands_still(&mut progress, &status, last + STILL - LOOK));
+        assert!(stands_still(&mut progress, &status, last + STILL));
+    }
 }

@@ -94,7 +94,7 @@ pub(crate) fn spawn(
         store: None,
         orphans: Vec::new(),
         sender: None,
-        unrecorded: Vec::new(),
+        unrecorded: points::Unrecorded::default(),
         expiring: None,
         turns: 0,
         scrubbing: damage::Scrubbing::default(),
@@ -132,7 +132,7 @@ struct Worker {
     /// Views of stores that failed. The store of now does not know what they read.
     orphans: Vec<OpenViews>,
     sender: Option<Sender>,
-    unrecorded: Vec<NewPoint>,
+    unrecorded: points::Unrecorded,
     /// Expiry up to this place goes on whenever there is nothing else to do.
     expiring: Option<Lsn>,
     /// Turns since the last step of expiry.
@@ -552,7 +552,11 @@ impl Worker {
                 let size = store.position().size;
                 self.store = Some(store);
                 self.replica.update(|facts| (facts.problem, facts.row.size) = (None, size));
-                self.replay_points(self.replica.facts().row.points_upto);
+                if let Err(error) = self.replay_points(self.replica.facts().row.points_upto) {
+                    self.store = None;
+                    self.fail(error.problem(facts.row.name.as_str()));
+                    return self.recount();
+                }
                 self.publish_position();
             }
             Err(error) => self.fail(error.problem(facts.row.name.as_str())),

@@ -480,7 +480,8 @@ impl Replica {
                 self.acked,
                 position.durable
             );
-            let history = store.history();
+            let mut history = Vec::new();
+            store.history(|event| history.push(event)).unwrap();
             // The journal tells of points behind the base; one at the base is the catalogue's.
             let told = |l: &&Lsn| **l > position.base && **l >= position.floor && **l <= self.acked;
             for lsn in self.points.keys().filter(told) {

@@ -121,8 +121,8 @@ pub fn choose(store: &OfflineStore, dir: &Path, wanted: &Wanted) -> Result<Chose
         Some(point) => point.time,
         None => store.time_at(at).map_err(failed)?,
     };
-    let point = points.into_iter().find(|p| p.lsn == at);
-    Ok(Chosen { at, time, point, reader })
+    let point = points.iter().find(|p| p.lsn == at);
+    Ok(Chosen { at, time, point: point.cloned(), reader })
 }
 
 /// Copies the moment to its destination, durably. `tell` hears how many bytes are done and says

@@ -382,8 +382,10 @@ impl Check<'_> {
 
 /// Sizes that the volume had in a segment.
 fn sizes(segment: &Segment) -> impl Iterator<Item = VolumeSize> {
-    let resized = segment.events.iter().filter_map(|event| match &event.record.body {
-        RecordBody::Resize(size) => Some(*size),
+    // A footer that cannot be read is a finding of its own.
+    let events = segment.events().unwrap_or_default().into_iter();
+    let resized = events.filter_map(|event| match event.record.body {
+        RecordBody::Resize(size) => Some(size),
         RecordBody::EpochStart(start) => Some(start.size),
         _ => None,
     });

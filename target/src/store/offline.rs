@@ -25,6 +25,7 @@ use super::{Position, Store, StoreConfig};
 pub struct OfflineStore {
     store: Store,
     report: RecoveryReport,
+    points: Vec<CommittedPoint>,
 }
 
 impl OfflineStore {
@@ -39,7 +40,12 @@ impl OfflineStore {
             _ => StoreError::io("opening the store", e),
         })?;
         let (store, report) = Store::open(Arc::new(disk), StoreConfig::default())?;
-        Ok(Self { store, report })
+        let mut points = Vec::new();
+        store.history(|event| match event {
+            StoreEvent::Point(point) if store.is_ordered_at(point.lsn) => points.push(point),
+            _ => {}
+        })?;
+        Ok(Self { store, report, points })
     }
 
     /// What opening found.
@@ -63,19 +69,8 @@ impl OfflineStore {
     /// Points that can be opened, oldest first, as the journal itself tells. A catalogue may list
     /// fewer: those that a policy gave up but that are not merged yet are here, too.
     #[must_use]
-    pub fn points(&self) -> Vec<CommittedPoint> {
-        let history = self.store.history().into_iter();
-        history
-            .filter_map(|event| match event {
-                StoreEvent::Point(point) => Some(point),
-                StoreEvent::MarkerDropped { .. }
-                | StoreEvent::OrderLost { .. }
-                | StoreEvent::OrderRestored { .. }
-                | StoreEvent::Resized { .. }
-                | StoreEvent::EpochStarted { .. } => None,
-            })
-            .filter(|point| self.store.is_ordered_at(point.lsn))
-            .collect()
+    pub fn points(&self) -> &[CommittedPoint] {
+        &self.points
     }
 
     /// As [`Store::ordered_stretches`].

@@ -25,30 +25,30 @@ impl Store {
         self.book.stretches()
     }
 
-    /// Everything the kept journal says about points and order, oldest first: for a catalogue that
-    /// is to be checked or built anew. Points below the floor are left out.
-    #[must_use]
-    pub fn history(&self) -> Vec<StoreEvent> {
+    /// Tells everything the kept journal says about points and order, oldest first: for a catalogue
+    /// that is to be checked or built anew. Points below the floor are left out.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the journal cannot be read; what was told is right.
+    pub fn history(&self, mut tell: impl FnMut(StoreEvent)) -> Result<(), StoreError> {
         let sb = &self.sb;
         let mut book = OrderBook::new(sb.base, sb.base_order, sb.base_time);
         let mut events = Vec::new();
         let mut newest = sb.base;
         for segment in self.all_segments() {
-            for event in &segment.events {
+            for event in segment.events()? {
                 // Only markers are asked for here, and those are events themselves.
-                book.take_after(event, newest, sb.base, &mut events);
+                book.take_after(&event, newest, sb.base, &mut events);
                 newest = event.lsn();
             }
+            for event in events.drain(..) {
+                let expired = matches!(&event, StoreEvent::Point(point) if point.lsn < sb.floor);
+                if !expired {
+                    tell(event);
+                }
+            }
         }
-        events.retain(|event| match event {
-            StoreEvent::Point(point) => point.lsn >= sb.floor,
-            StoreEvent::MarkerDropped { .. }
-            | StoreEvent::OrderLost { .. }
-            | StoreEvent::OrderRestored { .. }
-            | StoreEvent::Resized { .. }
-            | StoreEvent::EpochStarted { .. } => true,
-        });
-        events
+        Ok(())
     }
 
     /// Bytes of journal files on disk.

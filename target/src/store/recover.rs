@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use farshore_changelog::limits::MAX_SEGMENT_BYTES;
 use farshore_changelog::{
-    BatchHeader, SegmentError, SegmentHeader, SegmentId, SegmentIndexBuilder, SegmentTrailer,
+    BatchHeader, SegmentError, SegmentEvent, SegmentHeader, SegmentId, SegmentIndexBuilder,
+    SegmentTrailer,
 };
 use farshore_extent::{CaptureOrder, Chain, ExtentSet, Lsn, VolumeSize};
 
@@ -247,6 +248,9 @@ struct Walk {
     size: VolumeSize,
     order: CaptureOrder,
     recent: BTreeMap<Lsn, Chain>,
+    /// What the events until now say about order, and the place of the last of them.
+    book: OrderBook,
+    newest: Lsn,
     highest: SegmentId,
     dir_changed: bool,
 }
@@ -272,6 +276,8 @@ impl Walk {
             size: sb.size,
             order: sb.base_order,
             recent: BTreeMap::new(),
+            book: OrderBook::new(sb.base, sb.base_order, sb.base_time),
+            newest: Lsn::ZERO,
             highest: SegmentId::new(sb.first_segment.get().saturating_sub(1)),
             dir_changed: false,
             sb,
@@ -334,7 +340,9 @@ impl Walk {
             self.report.sealed += 1;
             self.note(head.batches.iter().map(|b| (b.last(), b.chain)));
             self.reach(trailer.last, trailer.chain, trailer.size, trailer.order);
-            self.segments.push(Arc::new(Segment::sealed(header, trailer, head, file)));
+            let segment = Arc::new(Segment::sealed(header, trailer, head.fences, file));
+            self.take(&segment, &head.events);
+            self.segments.push(segment);
             return Ok(Next::Go);
         }
         self.scan(header, file, next)
@@ -436,15 +444,15 @@ impl Walk {
             super_claims: !follows && self.sb.durable > self.at,
             later_segment: next.is_some() && !follows,
         });
-        let in_memory =
-            |scan: &Scan| Arc::new(Segment::in_memory(&scan.builder, Arc::clone(&scan.file)));
+        let segment = Arc::new(Segment::in_memory(&scan.builder, Arc::clone(&scan.file)));
+        self.take(&segment, scan.builder.events());
         match judgement {
-            _ if follows => self.segments.push(in_memory(&scan)),
+            _ if follows => self.segments.push(segment),
             Judgement::Damaged => {
                 let upto = tail.claimed.max(self.sb.durable).max(self.at);
                 let what = format!("{} is damaged at {}", file_name(header.segment), tail.place);
                 self.damaged(upto, what);
-                self.segments.push(in_memory(&scan));
+                self.segments.push(segment);
                 return Ok(Next::Stop);
             }
             Judgement::Torn | Judgement::End => {
@@ -470,6 +478,20 @@ impl Walk {
             Ok(()) => Ok(SegmentHeader::parse(&block).ok().map(|h| (h.prev, h.prev_chain))),
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
             Err(e) => Err(StoreError::io(format!("reading {}", file_name(id)), e)),
+        }
+    }
+
+    /// The events of the next segment of the history.
+    fn take(&mut self, segment: &Segment, events: &[SegmentEvent]) {
+        let mut told = Vec::new();
+        for event in events {
+            if self.book.is_ended_by(event) {
+                // When it cannot be read the stretch ends earlier, behind all its points.
+                self.newest = segment.record_before(event.lsn()).unwrap_or(self.newest);
+            }
+            // The base holds what lies before it; pending markers from there are still needed.
+            self.book.take_after(event, self.newest, self.sb.base, &mut told);
+            self.newest = event.lsn();
         }
     }
 
@@ -508,25 +530,10 @@ impl Walk {
         lock: Box<dyn Send>,
     ) -> Result<(Store, RecoveryReport), StoreError> {
         let sb = self.sb;
-        let mut book = OrderBook::new(sb.base, sb.base_order, sb.base_time);
         let spares: Vec<_> = self.names.iter().filter(|n| is_spare(n)).cloned().collect();
         let number = |n: &String| u64::from_str_radix(n.strip_prefix("spare-")?, 16).ok();
         let spare_count = spares.iter().filter_map(number).max().unwrap_or(0);
-        let open = self.open.as_ref();
-        let open = open.map(|o| Arc::new(Segment::in_memory(&o.builder, Arc::clone(&o.file))));
         let runs = Runs::open(self.disk.as_ref(), &self.names, sb.volume, &self.segments)?;
-        let (mut told, mut newest) = (Vec::new(), Lsn::ZERO);
-        for segment in self.segments.iter().cloned().chain(open) {
-            for event in &segment.events {
-                if book.is_ended_by(event) {
-                    // When it cannot be read the stretch ends earlier, behind all its points.
-                    newest = segment.record_before(event.lsn()).unwrap_or(newest);
-                }
-                // The base holds what lies before it; pending markers from there are still needed.
-                book.take_after(event, newest, sb.base, &mut told);
-                newest = event.lsn();
-            }
-        }
         let store = Store {
             config: self.config,
             disk: self.disk,
@@ -548,7 +555,7 @@ impl Walk {
             received_chain: self.chain,
             received_size: self.size,
             recent: self.recent,
-            book,
+            book: self.book,
             undelivered: Vec::new(),
             comparer: super::compare::Comparer::default(),
             pins: Arc::new(Mutex::new(BTreeMap::new())),

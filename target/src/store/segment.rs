@@ -1,7 +1,7 @@
 //! A segment as views, apply and recovery read it: its file, what is known of it, its index.
 //!
-//! Never writes. A sealed segment keeps only events and fences in memory; pages of its run and
-//! frame directory are read when they are needed.
+//! Never writes. A sealed segment keeps only its fences in memory, so that memory does not grow with
+//! the number of points; directory, events and pages of its run are read when they are needed.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -33,7 +33,12 @@ pub(crate) enum Index {
     /// In its footer, on disk.
     Footer { trailer: SegmentTrailer, fences: Vec<u64> },
     /// In memory: the open segment, or a part of one.
-    Memory { batches: Vec<BatchPlace>, frames: Vec<FramePlace>, run: Vec<IndexEntry> },
+    Memory {
+        batches: Vec<BatchPlace>,
+        events: Vec<SegmentEvent>,
+        frames: Vec<FramePlace>,
+        run: Vec<IndexEntry>,
+    },
 }
 
 /// A segment that can be read.
@@ -43,7 +48,6 @@ pub(crate) struct Segment {
     pub(crate) last: Lsn,
     pub(crate) size: VolumeSize,
     pub(crate) min_time: WallTime,
-    pub(crate) events: Vec<SegmentEvent>,
     pub(crate) index: Index,
 }
 
@@ -52,7 +56,7 @@ impl Segment {
     pub(crate) fn sealed(
         header: SegmentHeader,
         trailer: SegmentTrailer,
-        head: FooterHead,
+        fences: Vec<u64>,
         file: Arc<dyn DiskFile>,
     ) -> Self {
         Self {
@@ -61,8 +65,7 @@ impl Segment {
             last: trailer.last,
             size: trailer.size,
             min_time: trailer.min_time,
-            events: head.events,
-            index: Index::Footer { trailer, fences: head.fences },
+            index: Index::Footer { trailer, fences },
         }
     }
 
@@ -75,9 +78,9 @@ impl Segment {
             last: builder.last(),
             size: builder.size(),
             min_time,
-            events: builder.events().to_vec(),
             index: Index::Memory {
                 batches: builder.batches().to_vec(),
+                events: builder.events().to_vec(),
                 frames: builder.frames().to_vec(),
                 run: builder.run().entries().collect(),
             },
@@ -94,6 +97,16 @@ impl Segment {
             Index::Memory { batches, .. } => Ok(batches.clone()),
             Index::Footer { trailer, .. } => {
                 Ok(read_head(self.file.as_ref(), &self.header, trailer)?.batches)
+            }
+        }
+    }
+
+    /// Its events, in order; read from the footer when the segment is sealed.
+    pub(crate) fn events(&self) -> Result<Vec<SegmentEvent>, StoreError> {
+        match &self.index {
+            Index::Memory { events, .. } => Ok(events.clone()),
+            Index::Footer { trailer, .. } => {
+                Ok(read_head(self.file.as_ref(), &self.header, trailer)?.events)
             }
         }
     }

@@ -160,7 +160,12 @@ impl Store {
         let head = FooterHead::parse(&footer.trailer, &footer.pages)
             .map_err(|source| StoreError::Segment { segment: header.segment, source });
         let head = head.map_err(|e| self.poison(e))?;
-        self.segments.push(Arc::new(Segment::sealed(header, footer.trailer, head, open.file)));
+        self.segments.push(Arc::new(Segment::sealed(
+            header,
+            footer.trailer,
+            head.fences,
+            open.file,
+        )));
         self.wake_merge();
         Ok(())
     }

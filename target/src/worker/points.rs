@@ -5,35 +5,65 @@ use farshore_extent::Lsn;
 
 use super::Worker;
 use crate::catalogue::{CatalogueError, NewPoint};
-use crate::store::StoreEvent;
+use crate::store::{StoreError, StoreEvent};
 
-/// Points that could not be recorded yet; beyond this many they wait for the next start.
+/// Points that could not be recorded yet; those beyond this many are taken from the journal later.
 const MAX_UNRECORDED: usize = 10_000;
 
+/// Points that the catalogue has not taken yet.
+#[derive(Default)]
+pub(super) struct Unrecorded {
+    points: Vec<NewPoint>,
+    /// There are more behind them, in the journal.
+    more: bool,
+}
+
+impl Unrecorded {
+    fn extend(&mut self, points: Vec<NewPoint>) {
+        let room = if self.more { 0 } else { MAX_UNRECORDED - self.points.len() };
+        self.more |= points.len() > room;
+        self.points.extend(points.into_iter().take(room));
+    }
+
+    /// How far the catalogue knows everything once it has taken these; `upto` if these are all.
+    fn reach(&self, upto: Lsn) -> Option<Lsn> {
+        let last = self.points.last()?.lsn;
+        Some(if self.more { last } else { upto })
+    }
+}
+
 impl Worker {
-    /// Writes points into the catalogue. When that fails they are kept and tried again with the
-    /// next commit, and at the next start the journal still knows them.
+    /// Writes points into the catalogue. When that fails they are tried again with the next
+    /// commit, and at the next start the journal still knows them.
     pub(super) fn record(&mut self, points: Vec<NewPoint>, upto: Lsn) {
-        let room = MAX_UNRECORDED.saturating_sub(self.unrecorded.len());
-        self.unrecorded.extend(points.into_iter().take(room));
-        if !self.unrecorded.is_empty() {
-            let recorded = self.catalogue.lock().add_points(
-                self.replica.volume,
-                &self.unrecorded,
-                upto,
-                self.clock.now(),
-            );
-            if let Err(error) = recorded {
-                tracing::error!(volume = %self.name(), %error, "points were not recorded");
+        self.unrecorded.extend(points);
+        if let Some(reach) = self.unrecorded.reach(upto) {
+            if !self.add(&self.unrecorded.points, reach) {
                 return;
             }
-            self.unrecorded.clear();
-            self.replica.update(|facts| {
-                facts.row.points_upto = facts.row.points_upto.max(upto);
-            });
-            self.recount();
+            self.unrecorded.points.clear();
         }
-        self.replica.points_reach(upto);
+        if !self.unrecorded.more {
+            self.replica.points_reach(upto);
+        } else if let Err(error) = self.replay_points(self.replica.facts().row.points_upto) {
+            tracing::error!(volume = %self.name(), %error, "points were not recorded");
+        }
+    }
+
+    /// Whether the catalogue took them; everything up to `upto` is recorded with them.
+    fn add(&self, points: &[NewPoint], upto: Lsn) -> bool {
+        let mut catalogue = self.catalogue.lock();
+        let added = catalogue.add_points(self.replica.volume, points, upto, self.clock.now());
+        drop(catalogue);
+        if let Err(error) = added {
+            tracing::error!(volume = %self.name(), %error, "points were not recorded");
+            return false;
+        }
+        self.replica.update(|facts| {
+            facts.row.points_upto = facts.row.points_upto.max(upto);
+        });
+        self.recount();
+        true
     }
 
     pub(super) fn recount(&self) {
@@ -47,7 +77,7 @@ impl Worker {
     /// before those of the new copy: left in the catalogue they could be opened again once it has
     /// come, and would show the state before the damage.
     pub(super) fn forget_lost_points(&mut self, durable: Lsn) -> Result<(), CatalogueError> {
-        self.unrecorded.retain(|point| point.lsn <= durable);
+        self.unrecorded.points.retain(|point| point.lsn <= durable);
         let volume = self.replica.volume;
         let gone = self.catalogue.lock().forget_points_after(volume, durable)?;
         if gone > 0 {
@@ -62,16 +92,62 @@ impl Worker {
 
     /// Rows of points that were durable but not recorded when the daemon stopped, or whose
     /// catalogue was lost. Those at or before `upto` were recorded; they may have expired since.
-    pub(super) fn replay_points(&mut self, upto: Lsn) {
-        let Some(store) = &mut self.store else { return };
+    pub(super) fn replay_points(&mut self, upto: Lsn) -> Result<(), StoreError> {
+        let Some(store) = &self.store else { return Ok(()) };
         let durable = store.position().durable;
+        let mut missed = Vec::new();
+        if upto < durable {
+            store.history(|event| match event {
+                StoreEvent::Point(point) if point.lsn > upto => missed.push(point),
+                _ => {}
+            })?;
+        }
+        self.unrecorded = Unrecorded::default();
         let mut points = Vec::new();
-        for event in store.history() {
-            if let StoreEvent::Point(_) = event {
-                self.event(event, &mut points);
+        for point in missed {
+            self.event(StoreEvent::Point(point), &mut points);
+        }
+        for some in points.chunks(MAX_UNRECORDED) {
+            if !some.last().is_some_and(|last| self.add(some, last.lsn)) {
+                self.unrecorded.more = true;
+                return Ok(());
             }
         }
-        points.retain(|point| point.lsn > upto);
-        self.record(points, durable);
+        self.replica.points_reach(durable);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use farshore_extent::{Epoch, MarkerId, PointKind, Seq, WallTime};
+
+    use super::*;
+
+    fn points(seqs: std::ops::Range<u64>) -> Vec<NewPoint> {
+        let point = |seq| NewPoint {
+            lsn: Lsn::new(Epoch::new(1), Seq::new(seq)),
+            time: WallTime::default(),
+            kind: PointKind::Crash,
+            name: String::new(),
+            marker: MarkerId::random(),
+        };
+        seqs.map(point).collect()
+    }
+
+    #[test]
+    fn points_that_found_no_room_are_never_taken_for_recorded() {
+        let place = |seq| Lsn::new(Epoch::new(1), Seq::new(seq));
+        let most = MAX_UNRECORDED as u64;
+        let mut waiting = Unrecorded::default();
+        assert_eq!(waiting.reach(place(5)), None);
+        waiting.extend(points(0..10));
+        assert_eq!(waiting.reach(place(50)), Some(place(50)), "these are all");
+        waiting.extend(points(100..100 + most));
+        let last = place(100 + most - 11);
+        assert_eq!(waiting.reach(place(u64::MAX)), Some(last), "ten had no room");
+        waiting.points.clear();
+        waiting.extend(points(most * 2..most * 2 + 1));
+        assert_eq!(waiting.reach(place(u64::MAX)), None, "the ten come first, from the journal");
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use farshore_extent::Lsn;
 
-use super::source::{Source, is_ordered, tiny};
+use super::source::{Source, history, is_ordered, tiny};
 use crate::store::{
     Disk, Faults, FileKind, SEED, SimDisk, SimFaults, Store, StoreError, StoreEvent,
 };
@@ -159,8 +159,7 @@ impl World {
 
     fn check_points(&self, store: &Store) {
         let position = store.position();
-        let points: Vec<Lsn> = store
-            .history()
+        let points: Vec<Lsn> = history(store)
             .into_iter()
             .filter_map(|e| if let StoreEvent::Point(p) = e { Some(p.lsn) } else { None })
             .collect();

@@ -9,7 +9,7 @@ use farshore_extent::{
     Chain, Epoch, Extent, Generation, Lsn, MarkerId, SECTOR, Seq, VolumeId, WallTime,
 };
 
-use super::source::{Image, Source, assert_same, marker, tiny};
+use super::source::{Image, Source, assert_same, history, marker, tiny};
 use crate::store::{
     AppendError, Faults, Held, PointReader, ReadError, SimDisk, SimFaults, Store, StoreConfig,
     StoreError, StoreEvent, ViewError,
@@ -482,7 +482,7 @@ fn a_marker_is_a_point_only_when_committed_and_in_order() {
     append(&mut store, &second.bytes).unwrap();
     let told = store.commit().unwrap().events;
     assert_eq!(points(&told), [(4, id(3))]);
-    assert_eq!(points(&store.history()), [(3, id(2)), (4, id(3))]);
+    assert_eq!(points(&history(&store)), [(3, id(2)), (4, id(3))]);
     let place = |n| Lsn::new(Epoch::new(1), Seq::new(n));
     assert!(!store.is_ordered_at(place(1)) && store.is_ordered_at(place(2)));
     assert!(store.is_ordered_at(place(6)) && !store.is_ordered_at(place(7)));

@@ -12,7 +12,8 @@ use farshore_extent::{
 };
 
 use crate::store::{
-    AppendError, Compared, Faults, PointReader, ReadError, Store, StoreConfig, StoreMeta,
+    AppendError, Compared, Faults, PointReader, ReadError, Store, StoreConfig, StoreEvent,
+    StoreMeta,
 };
 
 pub(super) const SECTORS: u64 = 96;
@@ -317,6 +318,13 @@ impl Source {
             assert_eq!(store.open_view(at).unwrap().at(), at);
         }
     }
+}
+
+/// All that the journal says about points and order.
+pub(super) fn history(store: &Store) -> Vec<StoreEvent> {
+    let mut events = Vec::new();
+    store.history(|event| events.push(event)).unwrap();
+    events
 }
 
 pub(super) fn marker(n: u64, state: MarkerState) -> Marker {

@@ -11,12 +11,12 @@ use crate::store::{
 };
 
 /// One life of a store on a simulated disk, under a source with a model.
-struct World {
-    disk: SimDisk,
-    source: Source,
+pub(super) struct World {
+    pub(super) disk: SimDisk,
+    pub(super) source: Source,
     faults: Faults,
     /// Everything up to here was acknowledged.
-    acked: Lsn,
+    pub(super) acked: Lsn,
     /// Nothing below may be opened any more.
     expired: Lsn,
     /// Digests up to here were answered, or came before the store was opened.
@@ -24,7 +24,7 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, faults: Faults) -> Self {
+    pub(super) fn new(seed: u64, faults: Faults) -> Self {
         Self {
             disk: SimDisk::new(seed ^ 0xd15c),
             source: if seed % 2 == 1 {
@@ -51,7 +51,7 @@ impl World {
         }
     }
 
-    fn open(&self) -> Result<Store, StoreError> {
+    pub(super) fn open(&self) -> Result<Store, StoreError> {
         let disk = Arc::new(self.disk.clone());
         match Store::open(disk.clone(), tiny(self.faults)) {
             Err(StoreError::NotAStore | StoreError::Super { .. }) if self.acked == Lsn::ZERO => {
@@ -93,11 +93,7 @@ impl World {
             self.source.send(store);
             let some = self.source.rng.below(4);
             self.compare(store, some);
-            let committed = store.commit()?;
-            assert_eq!(committed.durable, self.source.last);
-            assert_eq!(committed.chain, self.source.chain);
-            self.acked = committed.durable;
-            self.source.acked = committed.durable;
+            self.commit(store)?;
             let some = self.source.rng.below(4);
             self.compare(store, some);
             if self.source.rng.below(8) == 0 {
@@ -114,10 +110,7 @@ impl World {
                     self.source.images.range(..=self.acked).map(|(lsn, _)| *lsn).collect();
                 let some = self.source.rng.below(images.len() as u64);
                 let upto = images[usize::try_from(some).unwrap()];
-                self.expired = self.expired.max(upto);
-                while !store.expire(upto)?.done {
-                    assert!(store.position().floor <= self.expired.max(store.position().base));
-                }
+                self.expire(store, upto)?;
             }
         }
         while store.has_questions() && !self.disk.is_down() {
@@ -126,8 +119,32 @@ impl World {
         Ok(())
     }
 
+    pub(super) fn commit(&mut self, store: &mut Store) -> Result<(), StoreError> {
+        let committed = store.commit()?;
+        assert_eq!(committed.durable, self.source.last);
+        assert_eq!(committed.chain, self.source.chain);
+        self.acked = committed.durable;
+        self.source.acked = committed.durable;
+        Ok(())
+    }
+
+    pub(super) fn expire(&mut self, store: &mut Store, upto: Lsn) -> Result<(), StoreError> {
+        self.expired = self.expired.max(upto);
+        while !store.expire(upto)?.done {
+            assert!(store.position().floor <= self.expired.max(store.position().base));
+        }
+        Ok(())
+    }
+
+    /// The store as far as it came: everything after that is sent anew.
+    pub(super) fn go_on_from(&mut self, store: &Store) {
+        // An append may be durable although it was never acknowledged.
+        self.acked = store.position().durable;
+        self.source.rewind(self.acked);
+    }
+
     /// What must hold after every start.
-    fn check(&mut self, store: &Store) {
+    pub(super) fn check(&mut self, store: &Store) {
         let position = store.position();
         assert!(
             position.durable >= self.acked,
@@ -157,6 +174,15 @@ impl World {
         self.check_points(store);
     }
 
+    /// As [`Self::check`], at every place.
+    pub(super) fn check_everywhere(&mut self, store: &Store) {
+        self.check(store);
+        let position = store.position();
+        for at in self.source.images.range(position.floor..=position.durable).map(|(at, _)| *at) {
+            self.source.check_at(store, at);
+        }
+    }
+
     fn check_points(&self, store: &Store) {
         let position = store.position();
         let points: Vec<Lsn> = history(store)
@@ -173,7 +199,7 @@ impl World {
     }
 
     /// Power is back: the store opens (perhaps after more power cuts), is right, and goes on.
-    fn recover(&mut self, mut cuts: u64) -> Store {
+    pub(super) fn recover(&mut self, mut cuts: u64) -> Store {
         loop {
             self.disk.restart();
             if cuts > 0 {
@@ -230,10 +256,7 @@ fn life(seed: u64, trouble: Trouble) -> u64 {
         world.open().unwrap()
     };
     world.check(&store);
-    // An append may be durable although it was never acknowledged.
-    let at = store.position().durable;
-    world.acked = at;
-    world.source.rewind(at);
+    world.go_on_from(&store);
     world.work(&mut store, 4).unwrap();
     world.check(&store);
     drop(store);

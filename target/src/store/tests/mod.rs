@@ -4,6 +4,7 @@ mod base;
 mod compare;
 mod crash;
 mod damage;
+mod exhaustive;
 mod expire;
 mod offline;
 mod order;

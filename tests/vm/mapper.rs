@@ -1,5 +1,5 @@
 //! A device-mapper device over a disk of the machine: ranges that fail, a disk that is slow,
-//! and one that stands still.
+//! one that stands still, one whose writes are written down, and one whose changes are thrown away.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,12 +18,41 @@ pub struct Mapped {
 impl Mapped {
     /// Passes everything on to the disk of this name.
     pub fn new(disk: &'static str) -> Self {
+        Self::of(disk, |mapped| mapped.linear(0, mapped.sectors))
+    }
+
+    /// The same, and everything that is written, and when it was flushed, is written to `log` as well.
+    pub fn logged(disk: &'static str, log: &Path) -> Self {
+        guest::load("dm_log_writes");
+        let table = |mapped: &Self| {
+            let (disk, log) = (mapped.disk.display(), log.display());
+            format!("0 {} log-writes {disk} {log}\n", mapped.sectors)
+        };
+        Self::of(disk, table)
+    }
+
+    /// Puts a text between the writes in the log.
+    pub fn mark(&self, text: &str) {
+        run("dmsetup", &["message", self.name, "0", "mark", text]);
+    }
+
+    /// A disk with the content of that one; what is written to it goes to `changes` and is gone with it.
+    pub fn snapshot(disk: &'static str, changes: &Path) -> Self {
+        guest::load("dm_snapshot");
+        let table = |mapped: &Self| {
+            let (disk, changes) = (mapped.disk.display(), changes.display());
+            format!("0 {} snapshot {disk} {changes} N 8\n", mapped.sectors)
+        };
+        Self::of(disk, table)
+    }
+
+    fn of(disk: &'static str, table: impl FnOnce(&Self) -> String) -> Self {
         guest::load("dm_mod");
         let path = guest::disk(disk);
         let size = Path::new("/sys/class/block").join(path.file_name().expect("name"));
         let size = fs::read_to_string(size.join("size")).expect("size");
         let mapped = Self { name: disk, disk: path, sectors: size.trim().parse().expect("number") };
-        run("dmsetup", &["create", mapped.name, "--table", &mapped.linear(0, mapped.sectors)]);
+        run("dmsetup", &["create", mapped.name, "--table", table(&mapped).trim_end()]);
         run("dmsetup", &["mknodes"]);
         mapped
     }

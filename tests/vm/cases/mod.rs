@@ -21,6 +21,7 @@ mod readme;
 mod selftest;
 mod slow_disk;
 mod source_cut;
+mod store_disk;
 mod systemd;
 mod torture;
 mod ublk_front;
@@ -46,6 +47,7 @@ pub const GROUPS: &[Group] = &[
     life::UBLK_GROUP,
     life::NBD_GROUP,
     slow_disk::GROUP,
+    store_disk::GROUP,
     torture::GROUP,
     guard::GROUP,
     origin::GROUP,

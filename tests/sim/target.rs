@@ -481,7 +481,8 @@ impl Replica {
                 position.durable
             );
             let mut history = Vec::new();
-            store.history(|event| history.push(event)).unwrap();
+            let told = store.history(|event| history.push(event));
+            told.expect("a journal that can be read");
             // The journal tells of points behind the base; one at the base is the catalogue's.
             let told = |l: &&Lsn| **l > position.base && **l >= position.floor && **l <= self.acked;
             for lsn in self.points.keys().filter(told) {

@@ -4,6 +4,8 @@ Owns: both daemons, their monitors and the mirror job.
 """
 
 import json
+import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -56,23 +58,37 @@ class Mirror:
 
     name = "qemu mirror"
 
-    def __init__(self, children: Children, source: Path, target: Path):
+    def __init__(self, children: Children, source: Path, target: Path, patience: int = 0):
+        """With `patience` the source waits so many seconds for a target that is gone."""
         self.children = children
+        self.patience = patience
         self.source, self.target = source, target
         run_dir = children.dir
         self.port = free_port()
-        target_pid = children.start("mirror-target", self._daemon(
-            target, run_dir / "mt.qmp", f"addr.type=inet,addr.host=127.0.0.1,addr.port={self.port}"))
+        self.pids: dict[str, int] = {}
+        self.start_target()
         nbd = run_dir / "ms.nbd"
         source_pid = children.start("mirror-source", self._daemon(
             source, run_dir / "ms.qmp", f"addr.type=unix,addr.path={nbd},max-connections=8"))
-        children.serving("mirror-target", run_dir / "mt.qmp")
         children.serving("mirror-source", nbd)
         self.socket, self.export = nbd, "vol"
         self.uri = uri(nbd, "vol")
-        self.pids = {"source": source_pid, "target": target_pid}
+        self.pids["source"] = source_pid
         self.monitor = Monitor(run_dir / "ms.qmp")
         self._start_job()
+
+    def start_target(self) -> None:
+        """The daemon of the target's image."""
+        monitor = self.children.dir / "mt.qmp"
+        monitor.unlink(missing_ok=True)
+        address = f"addr.type=inet,addr.host=127.0.0.1,addr.port={self.port}"
+        self.pids["target"] = self.children.start("mirror-target", self._daemon(self.target, monitor, address))
+        self.children.serving("mirror-target", monitor)
+
+    def kill_target(self) -> None:
+        """Ends it as a crash does."""
+        os.kill(self.pids["target"], signal.SIGKILL)
+        self.children.stop("mirror-target")
 
     @staticmethod
     def _daemon(image: Path, monitor: Path, server: str) -> list[str]:
@@ -90,9 +106,11 @@ class Mirror:
         self.monitor.call("blockdev-add", **{
             "driver": "nbd", "node-name": "dst", "export": "vol",
             "server": {"type": "inet", "host": "127.0.0.1", "port": str(self.port)},
+            "reconnect-delay": self.patience,
         })  # fmt: skip
         self.monitor.call("blockdev-mirror", **{
             "job-id": "m0", "device": "vol", "target": "dst", "sync": "none", "copy-mode": "background",
+            "on-target-error": "ignore",
         })  # fmt: skip
         wait_until("mirror job ready", lambda: bool(self._job().get("ready")))
 
@@ -105,10 +123,11 @@ class Mirror:
     def lag_bytes(self) -> int:
         """Bytes not yet taken up by the job, from its dirty bitmap (its own progress is stale)."""
         nodes = self.monitor.call("query-named-block-nodes", flat=True)
-        for node in nodes if isinstance(nodes, list) else []:
-            if node.get("drv") == "mirror_top":
-                return sum(bitmap["count"] for bitmap in node["dirty-bitmaps"])
-        raise BenchError("the mirror's node is gone")
+        nodes = nodes if isinstance(nodes, list) else []
+        if not any(node.get("drv") == "mirror_top" for node in nodes):
+            raise BenchError("the mirror's node is gone")
+        # Which node the job's bitmap is on depends on the release; there is no other bitmap.
+        return sum(bitmap["count"] for node in nodes for bitmap in node.get("dirty-bitmaps", []))
 
     def settle(self) -> float:
         """Waits until all is at the target; returns the monotonic time at which it was.

@@ -65,13 +65,17 @@ class Bare:
 class _Source:
     """filterd with one protected volume."""
 
-    def __init__(self, children: Children, size: int, label: str):
+    def __init__(self, children: Children, size: int, label: str, sparse: bool = False):
         self.children, self.label = children, label
         self.pool = POOL
         self.root = children.dir / label
         self.root.mkdir()
         self.image = self.root / "source.img"
-        fill(self.image, size)
+        if sparse:
+            with open(self.image, "wb") as image:
+                image.truncate(size)
+        else:
+            fill(self.image, size)
         self.pids: dict[str, int] = {}
 
     def cli(self, *words: str, fine: tuple[int, ...] = (0,)) -> str:
@@ -149,8 +153,8 @@ class Replicated(_Source):
     name = "farshore"
 
     def __init__(self, children: Children, size: int, compression: bool = True, label: str = "replicated",
-                 pool: str = POOL, agent: str = ""):
-        super().__init__(children, size, label)
+                 pool: str = POOL, agent: str = "", sparse: bool = False):
+        super().__init__(children, size, label, sparse)
         self.pool = pool
         self.lag_period = 0.5
         self.tags = 0

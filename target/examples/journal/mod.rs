@@ -97,6 +97,12 @@ impl Source {
         self.finish()
     }
 
+    /// So many writes.
+    pub fn writes(&mut self, count: u64) -> EncodedBatch {
+        (0..count).for_each(|_| self.write());
+        self.finish()
+    }
+
     /// So many writes and a point behind them.
     pub fn point(&mut self, writes: u64) -> EncodedBatch {
         (0..writes).for_each(|_| self.write());

@@ -148,7 +148,7 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
         TargetRequest::OpenView(open) => {
             views::open(daemon, open).await.map(|view| TargetReply::View(Box::new(view)))
         }
-        TargetRequest::Views => Ok(TargetReply::Views(daemon.views.list())),
+        TargetRequest::Views => Ok(TargetReply::Views(daemon.views.list(daemon))),
         TargetRequest::CloseView { view, note } => {
             let closed = blocking(daemon, move |d| d.views.close(d, view, &note));
             closed.await.map(|()| TargetReply::Done)

@@ -60,6 +60,13 @@ pub struct Limits {
     pub views: usize,
     /// How long a view whose block device was taken away stays while nobody uses its export.
     pub view_without_device: Millis,
+    /// Free space on the target's disk that writes to views leave to the journals; at most a tenth
+    /// of the file system.
+    pub view_reserve: ByteSize,
+    /// An alarm tells that a view keeps more journal than this from expiring.
+    pub view_hold: ByteSize,
+    /// An alarm tells that a view has kept journal from expiring for longer than this.
+    pub view_hold_time: Millis,
     /// Longest wait for a tagged point to become durable.
     pub tag_timeout: Millis,
 }
@@ -91,6 +98,9 @@ impl Default for Limits {
             queue_batches: 16,
             views: 32,
             view_without_device: Millis::from_secs(3600),
+            view_reserve: ByteSize::from_bytes(4 << 30),
+            view_hold: ByteSize::from_bytes(64 << 30),
+            view_hold_time: Millis::from_secs(24 * 3600),
             tag_timeout: Millis::from_secs(30),
         }
     }
@@ -199,7 +209,7 @@ impl Config {
 ///
 /// `ca/` keys and certificates · `catalogue.sqlite` · `volumes/UUID/` one replica each ·
 /// `seeds/HOST/NAME.img` images for replicas to come ·
-/// `views/` scratch of open views, emptied at each start · `lock` held by the running daemon.
+/// `views/UUID/` scratch of one open view each · `lock` held by the running daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataDir(PathBuf);
 
@@ -234,7 +244,7 @@ impl DataDir {
         self.0.join("seeds")
     }
 
-    /// Scratch of open views.
+    /// One directory with its scratch a view that is open.
     #[must_use]
     pub fn views(&self) -> PathBuf {
         self.0.join("views")

@@ -21,7 +21,7 @@ use crate::clock::AgeClock;
 use crate::config::{Config, DataDir};
 use crate::replica::Replica;
 use crate::session::Registry;
-use crate::views::{self, Mark, Views};
+use crate::views::{self, Views};
 use crate::worker::{self, Work, WorkerThread};
 use crate::{admin, durable_fs, init, listener, policy, problem, seed, upkeep};
 
@@ -135,7 +135,6 @@ impl Daemon {
         let data = config.data_dir(&paths);
         let authority = Authority::load(&data.ca())?;
         let lock = take_lock(&data)?;
-        views::prepare(&data.views(), &paths, Mark::of(authority.fingerprint()))?;
         let catalogue = SqliteCatalogue::open(&data.catalogue())?;
         let catalogue = SharedCatalogue::new(catalogue);
         let at_start = catalogue.lock().age()?;
@@ -156,6 +155,8 @@ impl Daemon {
         for row in rows {
             daemon.add_replica(&mut daemon.lock(), row)?;
         }
+        // Before anything can expire.
+        views::prepare(&daemon)?;
         policy::warn(&daemon);
         Ok(daemon)
     }

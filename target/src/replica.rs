@@ -2,10 +2,11 @@
 //!
 //! Decides nothing about data: the worker does, alone.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farshore_extent::{CaptureOrder, Lsn, Problem, VolumeId, VolumeName};
+use farshore_extent::{CaptureOrder, Lsn, Problem, ViewId, VolumeId, VolumeName};
 use farshore_protocol::message::VolumeReport;
 use tokio::sync::{mpsc, watch};
 
@@ -34,6 +35,8 @@ pub(crate) struct Facts {
     pub(crate) order: CaptureOrder,
     /// Bytes of journal on disk.
     pub(crate) journal_bytes: u64,
+    /// Bytes of it that have expired and that views keep.
+    pub(crate) held_bytes: u64,
     /// Points kept.
     pub(crate) points: PointSummary,
     /// Digests of the session that has it open.
@@ -75,6 +78,8 @@ pub(crate) struct Replica {
     pub(crate) volume: VolumeId,
     queue: mpsc::Sender<Work>,
     facts: Mutex<Facts>,
+    /// Places that open views need, whether they are served or not.
+    held: Mutex<BTreeMap<ViewId, Lsn>>,
     /// Markers up to here are points in the catalogue, or never will be.
     points_upto: watch::Sender<Lsn>,
     /// The worker has opened the store once, or failed to: the facts are true from then on.
@@ -88,6 +93,7 @@ impl Replica {
             volume: row.volume,
             queue,
             points_upto: watch::Sender::new(Lsn::ZERO),
+            held: Mutex::default(),
             started: Mutex::new(false),
             starting: Condvar::new(),
             facts: Mutex::new(Facts {
@@ -100,6 +106,7 @@ impl Replica {
                 expired: Lsn::ZERO,
                 order: CaptureOrder::CatchUp,
                 journal_bytes: 0,
+                held_bytes: 0,
                 points: PointSummary::default(),
                 compared: Comparison::default(),
                 wrong_bytes: 0,
@@ -126,6 +133,26 @@ impl Replica {
     pub(crate) fn wait_until_started(&self, limit: Duration) {
         let started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
         drop(self.starting.wait_timeout_while(started, limit, |started| !*started));
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeMap<ViewId, Lsn>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the base does not pass `at`, whatever store is opened here, until the view is
+    /// released.
+    pub(crate) fn hold(&self, view: ViewId, at: Lsn) {
+        self.held().insert(view, at);
+    }
+
+    /// The view needs nothing of the store any more.
+    pub(crate) fn release(&self, view: ViewId) {
+        self.held().remove(&view);
+    }
+
+    /// The oldest place that a view holds.
+    pub(crate) fn oldest_held(&self) -> Option<Lsn> {
+        self.held().values().min().copied()
     }
 
     /// A copy of what is known now.

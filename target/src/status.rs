@@ -28,7 +28,9 @@ pub(crate) fn all(daemon: &Daemon) -> Result<Vec<ReplicaStatus>, Problem> {
         let facts = replica.facts();
         let host_name = hosts.get(&facts.row.host).cloned().unwrap_or_default();
         let last_drill = daemon.catalogue.lock().last_drill(replica.volume)?;
-        all.push(ReplicaStatus { last_drill, ..status(&facts, host_name, now, target) });
+        let mut status = ReplicaStatus { last_drill, ..status(&facts, host_name, now, target) };
+        status.problems.extend(daemon.views.problems(daemon, replica.volume));
+        all.push(status);
     }
     all.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(all)
@@ -62,6 +64,7 @@ fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> 
         last_drill: None,
         views: facts.views,
         journal_bytes: facts.journal_bytes,
+        held_bytes: facts.held_bytes,
         digests: facts.compared.digests,
         differing: facts.compared.differing,
         last_scrub: facts.scrub.last.map(|last| last.at),
@@ -185,6 +188,7 @@ mod tests {
             expired: Lsn::ZERO,
             order: CaptureOrder::Ordered,
             journal_bytes: 0,
+            held_bytes: 0,
             points: PointSummary { count: 3, newest, oldest: newest },
             compared: Comparison::default(),
             wrong_bytes: 0,

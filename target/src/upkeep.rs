@@ -1,5 +1,6 @@
 //! What happens without anybody asking: replicas are reported to their sources, points expire,
-//! views whose devices have stopped are looked after, the clock of retention is saved.
+//! views that are not served or whose devices have stopped are looked after, the clock of retention
+//! is saved.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +10,10 @@ use farshore_protocol::message::FromTarget;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::daemon::{Daemon, blocking};
-use crate::policy;
 use crate::replica::Replica;
 use crate::retention::{self, policy::Policy};
 use crate::worker::Work;
+use crate::{policy, views};
 
 /// Bytes a second also where scrubbing by itself is off: for one that was asked for, and for
 /// checksums that the base does not have yet.
@@ -58,6 +59,7 @@ async fn tend_views(daemon: Arc<Daemon>) {
             () = daemon.stopped() => return,
             _ = tend.tick() => {}
         }
+        views::serve_again(&daemon).await;
         let tended = blocking(&daemon, |d| {
             d.views.tend(d);
             Ok(())

@@ -512,10 +512,14 @@ impl Worker {
             self.expiring = None;
             return;
         };
-        match store.expire(floor) {
+        // Also for views that the store does not know of: they are not served yet, or never again.
+        let upto = self.replica.oldest_held().map_or(floor, |held| held.min(floor));
+        match store.expire(upto) {
             Ok(progress) => {
                 if progress.done {
                     self.expiring = None;
+                    let held = if upto < floor { store.journal_bytes_before(floor) } else { 0 };
+                    self.replica.update(|facts| facts.held_bytes = held);
                 }
                 self.publish_position();
             }

@@ -253,6 +253,7 @@ mod tests {
             device: Some("/dev/ublkb3".into()),
             device_lost: None,
             read_only: false,
+            problems: Vec::new(),
         }
     }
 

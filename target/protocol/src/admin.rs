@@ -261,6 +261,8 @@ pub struct ViewInfo {
     pub device_lost: Option<String>,
     /// Nothing can be written to it.
     pub read_only: bool,
+    /// What is wrong with it, each with its code; empty when all is well.
+    pub problems: Vec<farshore_extent::Problem>,
 }
 
 /// A recovery point.
@@ -326,6 +328,8 @@ pub struct ReplicaStatus {
     pub views: u32,
     /// Bytes of journal on disk.
     pub journal_bytes: u64,
+    /// Bytes of it that have expired and stay because views need them.
+    pub held_bytes: u64,
     /// Digests of the source that were compared since it opened the volume.
     pub digests: u64,
     /// How many of them differed.
@@ -340,7 +344,7 @@ pub struct ReplicaStatus {
     pub unverified_bytes: u64,
     /// When a test failover of it was last opened, used and cleaned up.
     pub last_drill: Option<WallTime>,
-    /// What is wrong, each with its code; empty when all is well.
+    /// What is wrong with it and with its views, each with its code; empty when all is well.
     pub problems: Vec<farshore_extent::Problem>,
 }
 

@@ -277,6 +277,7 @@ fn view_info() -> ViewInfo {
         device: Some("/dev/ublkb3".into()),
         device_lost: Some("another program stopped the device".into()),
         read_only: false,
+        problems: Vec::new(),
     }
 }
 
@@ -303,6 +304,7 @@ fn replica_status() -> ReplicaStatus {
         last_drill: Some(time()),
         views: 1,
         journal_bytes: 64 << 20,
+        held_bytes: 1 << 20,
         digests: 5,
         differing: 6,
         last_scrub: Some(time()),

@@ -5,6 +5,7 @@
 
 mod sqlite;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farshore_extent::{
@@ -153,7 +154,7 @@ pub struct EventRow {
     pub text: String,
 }
 
-/// An opened view, kept as evidence after it is closed.
+/// An opened view: what serves it again after a restart, and evidence after it is closed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ViewRow {
     /// Identity.
@@ -166,6 +167,24 @@ pub struct ViewRow {
     pub opened: WallTime,
     /// How long that took, in microseconds.
     pub open_micros: u64,
+    /// Capture time of the place.
+    pub time: WallTime,
+    /// The point, when it is one.
+    pub point: Option<PointId>,
+    /// Size of the volume there, in bytes.
+    pub size: VolumeSize,
+    /// Name of its export, and the beginning of its socket's name.
+    pub export: VolumeName,
+    /// Nothing can be written to it.
+    pub read_only: bool,
+    /// Most bytes that may be written to it.
+    pub scratch_bytes: u64,
+    /// Where it is served with TLS.
+    pub tls_address: Option<String>,
+    /// Its block device.
+    pub device: Option<PathBuf>,
+    /// Why it has none any more.
+    pub device_lost: Option<String>,
 }
 
 /// What the daemon remembers besides the journals. Every change is durable when the method
@@ -229,7 +248,12 @@ pub trait Catalogue: Send {
         durable: Lsn,
     ) -> Result<usize, CatalogueError>;
 
+    /// Also when it is known already.
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError>;
+    /// Those that are open, in the order in which they were opened.
+    fn open_views(&self) -> Result<Vec<ViewRow>, CatalogueError>;
+    /// Whether a view was ever opened, and whether it was closed; none: it is not known.
+    fn is_closed(&self, view: ViewId) -> Result<Option<bool>, CatalogueError>;
     /// `note` is what was learnt.
     fn close_view(&mut self, view: ViewId, at: WallTime, note: &str) -> Result<(), CatalogueError>;
 

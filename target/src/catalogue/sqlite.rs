@@ -5,7 +5,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use farshore_extent::{
     BlockSizes, Epoch, HostId, Lsn, MarkerId, PointId, PointKind, Seq, ViewId, VolumeId,
@@ -18,7 +18,7 @@ use super::{
     ViewRow, VolumeRow, Wanted,
 };
 
-const VERSION: i64 = 2;
+const VERSION: i64 = 3;
 /// Events kept; the oldest go.
 const MAX_EVENTS: i64 = 10_000;
 
@@ -40,17 +40,33 @@ CREATE TABLE points (
   pinned INTEGER NOT NULL, recorded INTEGER NOT NULL, UNIQUE (volume, lsn)) STRICT;
 CREATE TABLE views (
   view BLOB PRIMARY KEY, volume BLOB NOT NULL, lsn BLOB NOT NULL, opened INTEGER NOT NULL,
-  open_micros INTEGER NOT NULL, closed INTEGER, note TEXT) STRICT;
+  open_micros INTEGER NOT NULL, closed INTEGER, note TEXT, time INTEGER, point INTEGER,
+  size INTEGER, export TEXT, read_only INTEGER, scratch_bytes INTEGER, tls_address TEXT,
+  device TEXT, device_lost TEXT) STRICT;
 CREATE TABLE events (
   event INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, code INTEGER NOT NULL,
   volume TEXT, text TEXT NOT NULL) STRICT;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 ";
 
 /// From version 1 to 2: volumes have a retention policy.
 const TO_VERSION_2: &str = "
 ALTER TABLE volumes ADD COLUMN policy TEXT NOT NULL DEFAULT '';
 PRAGMA user_version = 2;
+";
+
+/// From version 2 to 3: views are opened again. Those of before have ended with their daemon.
+const TO_VERSION_3: &str = "
+ALTER TABLE views ADD COLUMN time INTEGER;
+ALTER TABLE views ADD COLUMN point INTEGER;
+ALTER TABLE views ADD COLUMN size INTEGER;
+ALTER TABLE views ADD COLUMN export TEXT;
+ALTER TABLE views ADD COLUMN read_only INTEGER;
+ALTER TABLE views ADD COLUMN scratch_bytes INTEGER;
+ALTER TABLE views ADD COLUMN tls_address TEXT;
+ALTER TABLE views ADD COLUMN device TEXT;
+ALTER TABLE views ADD COLUMN device_lost TEXT;
+PRAGMA user_version = 3;
 ";
 
 /// See the module.
@@ -69,15 +85,16 @@ impl SqliteCatalogue {
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        let change = match version {
-            0 => SCHEMA,
-            1 => TO_VERSION_2,
-            VERSION => "",
+        let steps: &[&str] = match version {
+            0 => &[SCHEMA],
+            1 => &[TO_VERSION_2, TO_VERSION_3],
+            2 => &[TO_VERSION_3],
+            VERSION => &[],
             newer => return Err(CatalogueError::Newer(newer)),
         };
-        let step = db.transaction()?;
-        step.execute_batch(change)?;
-        step.commit()?;
+        let change = db.transaction()?;
+        steps.iter().try_for_each(|step| change.execute_batch(step))?;
+        change.commit()?;
         Ok(Self { db })
     }
 }
@@ -169,6 +186,27 @@ fn point_row(row: &Columns<'_, '_>) -> Result<PointRow, CatalogueError> {
         },
         pinned: row.int("pinned")? != 0,
         recorded: Age(row.unsigned("recorded")?),
+    })
+}
+
+fn view_row(row: &Columns<'_, '_>) -> Result<ViewRow, CatalogueError> {
+    let point: Option<i64> = row.0.get("point")?;
+    let device: Option<String> = row.0.get("device")?;
+    Ok(ViewRow {
+        view: ViewId::from_bytes(row.bytes("view")?),
+        volume: VolumeId::from_bytes(row.bytes("volume")?),
+        lsn: row.lsn("lsn")?,
+        opened: row.time("opened")?,
+        open_micros: row.unsigned("open_micros")?,
+        time: row.time("time")?,
+        point: point.map(|n| u64::try_from(n).map(PointId::new)).transpose().map_err(damaged)?,
+        size: VolumeSize::new(row.unsigned("size")?).map_err(damaged)?,
+        export: row.name("export")?,
+        read_only: row.int("read_only")? != 0,
+        scratch_bytes: row.unsigned("scratch_bytes")?,
+        tls_address: row.0.get("tls_address")?,
+        device: device.map(PathBuf::from),
+        device_lost: row.0.get("device_lost")?,
     })
 }
 
@@ -399,17 +437,43 @@ impl Catalogue for SqliteCatalogue {
     }
 
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError> {
+        let sql = "INSERT INTO views (view, volume, lsn, opened, open_micros, time, point, size,
+               export, read_only, scratch_bytes, tls_address, device, device_lost)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+             ON CONFLICT (view) DO UPDATE SET tls_address = excluded.tls_address,
+               device = excluded.device, device_lost = excluded.device_lost";
         self.db.execute(
-            "INSERT INTO views (view, volume, lsn, opened, open_micros) VALUES (?, ?, ?, ?, ?)",
+            sql,
             params![
                 view.view.to_bytes(),
                 view.volume.to_bytes(),
                 lsn_bytes(view.lsn),
                 view.opened.nanos(),
                 signed(view.open_micros)?,
+                view.time.nanos(),
+                view.point.map(|point| signed(point.get())).transpose()?,
+                signed(view.size.get())?,
+                view.export.as_str(),
+                view.read_only,
+                signed(view.scratch_bytes)?,
+                view.tls_address,
+                view.device.as_ref().map(|path| path.display().to_string()),
+                view.device_lost,
             ],
         )?;
         Ok(())
+    }
+
+    fn open_views(&self) -> Result<Vec<ViewRow>, CatalogueError> {
+        // Those of version 2 have no size.
+        let sql = "SELECT * FROM views WHERE closed IS NULL AND size IS NOT NULL ORDER BY opened";
+        self.rows(sql, [], view_row)
+    }
+
+    fn is_closed(&self, view: ViewId) -> Result<Option<bool>, CatalogueError> {
+        let sql = "SELECT closed IS NOT NULL OR size IS NULL FROM views WHERE view = ?";
+        let mut statement = self.db.prepare_cached(sql)?;
+        Ok(statement.query_row([view.to_bytes()], |row| row.get(0)).optional()?)
     }
 
     fn close_view(&mut self, view: ViewId, at: WallTime, note: &str) -> Result<(), CatalogueError> {

@@ -1,8 +1,10 @@
 //! A view as a block device of this host: by ublk, else by the kernel's NBD client.
 //!
-//! A view ends with the daemon, and so does its device: what a killed daemon left behind is found
-//! by a mark that only this installation leaves, and removed at the next start.
+//! A device that is in use when the daemon ends, or that a killed one left behind, waits with its
+//! users for the next daemon. One that no open view owns is found by a mark that only this
+//! installation leaves, and removed.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +23,11 @@ const REMOVAL: Duration = Duration::from_secs(10);
 /// How long the threads of a device that has stopped get to end what they have begun.
 const LEAVE: Duration = Duration::from_secs(5);
 
-/// How long users of a device of the kernel's NBD client wait for a daemon that was killed.
+/// How long users of a device of the kernel's NBD client wait for the next daemon.
 const ORPHANED: Duration = Duration::from_secs(60);
+
+/// How long the driver may take to see that the server before is dead.
+const TAKE_OVER: Duration = Duration::from_secs(40);
 
 /// Tells the devices of this installation's views from all others, filterd's included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +58,8 @@ pub(super) enum BlockDevice {
 }
 
 impl BlockDevice {
-    /// Makes the device.
+    /// Makes the device; or takes over the one `before`, whose users have waited, or makes one of
+    /// that name, when that is possible.
     ///
     /// # Errors
     /// FS-6606 when neither way is possible here.
@@ -61,14 +67,39 @@ impl BlockDevice {
         device: &Arc<dyn Device>,
         mark: Mark,
         view: ViewId,
+        before: Option<&Path>,
     ) -> Result<Self, Problem> {
+        let number = |prefix| before?.to_str()?.strip_prefix(prefix)?.parse::<u32>().ok();
+        let (before_ublk, before_nbd) = (number("/dev/ublkb"), number("/dev/nbd"));
+        if let Some(number) = before_ublk {
+            match ublk_numbered(device, mark, number, TAKE_OVER) {
+                Ok(server) => return Ok(Self::Ublk(server)),
+                Err(error) => {
+                    tracing::warn!(number, %error, "a view's device cannot be taken over");
+                    // Its users get errors instead of waiting for ever.
+                    let removed = ublk::remove_stale(number, mark.0, REMOVAL);
+                    tell(&format!("/dev/ublkb{number}"), removed.map_err(|e| e.to_string()));
+                }
+            }
+        }
+        if let Some(number) = before_nbd {
+            match kernel_nbd::Server::start(Arc::clone(device), nbd_config(mark, view, before_nbd))
+            {
+                Ok(server) => return Ok(Self::Nbd(server)),
+                Err(error) => {
+                    tracing::warn!(number, %error, "a view's device cannot be taken over");
+                    let identifier = mark.identifier(view);
+                    let removed = kernel_nbd::remove_stale(number, &identifier, REMOVAL);
+                    tell(&format!("/dev/nbd{number}"), removed.map_err(|e| e.to_string()));
+                }
+            }
+        }
         let config = ublk::Config { owner: mark.0, ..ublk::Config::default() };
         let no_ublk = match ublk::Server::start(Arc::clone(device), config) {
             Ok(server) => return Ok(Self::Ublk(server)),
             Err(error) => error,
         };
-        let mut config = kernel_nbd::Config::new(mark.identifier(view));
-        config.dead_connection_timeout = ORPHANED;
+        let config = nbd_config(mark, view, None);
         kernel_nbd::Server::start(Arc::clone(device), config).map(Self::Nbd).map_err(|no_nbd| {
             problem::no_device(&format!("by ublk: {no_ublk}; by the kernel's NBD client: {no_nbd}"))
         })
@@ -127,17 +158,22 @@ impl BlockDevice {
         if !server.leave(LEAVE) {
             tracing::warn!(number, "requests of a view's device are still under way");
         }
-        let config = ublk::Config {
-            number: Some(number),
-            owner: mark.0,
-            patience: REMOVAL,
-            ..ublk::Config::default()
-        };
-        ublk::Server::start(Arc::clone(device), config).map(Self::Ublk).map_err(|error| {
+        ublk_numbered(device, mark, number, REMOVAL).map(Self::Ublk).map_err(|error| {
             let removed = ublk::remove_stale(number, mark.0, REMOVAL);
             tell(&format!("/dev/ublkb{number}"), removed.map_err(|e| e.to_string()));
             format!("{why}; it cannot be served again: {error}")
         })
+    }
+
+    /// Keeps the device for the next daemon: its users wait.
+    pub(super) fn leave(self) {
+        let path = self.path();
+        let left = match self {
+            Self::Ublk(server) => server.leave(LEAVE),
+            Self::Nbd(server) => server.leave(LEAVE),
+        };
+        let path = path.display();
+        tracing::info!(%path, left, "the device of a view waits for the next daemon");
     }
 
     /// Takes the device away, whoever uses it.
@@ -158,20 +194,42 @@ impl BlockDevice {
     }
 }
 
-/// Removes the devices that an earlier daemon of this installation left behind.
-pub(super) fn remove_stale(mark: Mark) {
+fn ublk_numbered(
+    device: &Arc<dyn Device>,
+    mark: Mark,
+    number: u32,
+    patience: Duration,
+) -> Result<ublk::Server, ublk::UblkError> {
+    let config =
+        ublk::Config { number: Some(number), owner: mark.0, patience, ..ublk::Config::default() };
+    ublk::Server::start(Arc::clone(device), config)
+}
+
+fn nbd_config(mark: Mark, view: ViewId, number: Option<u32>) -> kernel_nbd::Config {
+    let mut config = kernel_nbd::Config::new(mark.identifier(view));
+    config.dead_connection_timeout = ORPHANED;
+    config.number = number;
+    config
+}
+
+/// Removes the devices that an earlier daemon of this installation left behind, apart from those
+/// `kept`.
+pub(super) fn remove_stale(mark: Mark, kept: &BTreeSet<PathBuf>) {
+    let stale = |path: String| (!kept.contains(Path::new(&path))).then_some(path);
     for number in numbers(Path::new("/sys/class/ublk-char"), "ublkc") {
+        let Some(path) = stale(format!("/dev/ublkb{number}")) else { continue };
         let ours = ublk::existing(number).ok().flatten().is_some_and(|d| d.owner == mark.0);
         if ours {
             let removed = ublk::remove_stale(number, mark.0, REMOVAL).map_err(|e| e.to_string());
-            tell(&format!("/dev/ublkb{number}"), removed);
+            tell(&path, removed);
         }
     }
     for number in numbers(Path::new("/sys/block"), "nbd") {
+        let Some(path) = stale(format!("/dev/nbd{number}")) else { continue };
         let identifier = kernel_nbd::existing(number).and_then(|device| device.identifier);
         if let Some(identifier) = identifier.filter(|i| i.starts_with(&mark.prefix())) {
             let removed = kernel_nbd::remove_stale(number, &identifier, REMOVAL);
-            tell(&format!("/dev/nbd{number}"), removed.map_err(|e| e.to_string()));
+            tell(&path, removed.map_err(|e| e.to_string()));
         }
     }
 }

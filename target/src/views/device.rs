@@ -1,12 +1,11 @@
 //! A view as a block device: the bytes of a recovery point under a private scratch.
 //!
 //! Every request is carried out in `submit`; the reads of a point go through the store's caches.
-//! A view does not outlive the daemon, so FLUSH and FUA have nothing to add: what was written is
-//! there as long as the view is.
+//! FLUSH and FUA make the scratch durable: what they cover is there after a power cut.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use farshore_blkfilter::device::{
     Allocation, Completion, Device, DeviceError, DeviceInfo, MAX_PAYLOAD, Queue, Request, Slot,
@@ -43,12 +42,22 @@ pub(crate) trait PointBytes: Send + Sync + 'static {
     }
 }
 
+/// Why a view takes no new writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// Its scratch is full.
+    Quota,
+    /// The disk of the target is nearly full.
+    Disk,
+}
+
 /// See the module.
 pub(crate) struct ViewDevice {
     name: String,
     point: Box<dyn PointBytes>,
     scratch: Scratch,
     read_only: bool,
+    refused: Mutex<Option<Refused>>,
     /// Open queues: connections, and the threads of a block device.
     queues: AtomicUsize,
 }
@@ -60,7 +69,8 @@ impl ViewDevice {
         scratch: Scratch,
         read_only: bool,
     ) -> Self {
-        Self { name, point, scratch, read_only, queues: AtomicUsize::new(0) }
+        let (refused, queues) = (Mutex::default(), AtomicUsize::new(0));
+        Self { name, point, scratch, read_only, refused, queues }
     }
 
     /// Bytes written to the view.
@@ -68,9 +78,14 @@ impl ViewDevice {
         self.scratch.used()
     }
 
-    /// Most bytes that may be written to it.
-    pub(super) const fn quota(&self) -> u64 {
-        self.scratch.quota()
+    /// Why the last write that needed new space was refused; none when it was not.
+    pub(super) fn refused(&self) -> Option<Refused> {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why it takes no more writes, if its scratch has failed.
+    pub(super) fn failed(&self) -> Option<&str> {
+        self.scratch.failed()
     }
 
     /// Whether anybody is connected to it.
@@ -102,14 +117,33 @@ impl ViewDevice {
         Ok(())
     }
 
+    fn write(&self, extent: Extent, bytes: &[u8], fua: bool) -> Result<(), DeviceError> {
+        self.taken(self.scratch.write(extent, bytes))?;
+        if fua { self.flush() } else { Ok(()) }
+    }
+
+    fn zero(&self, extent: Extent, fua: bool) -> Result<(), DeviceError> {
+        self.taken(self.scratch.zero(extent))?;
+        if fua { self.flush() } else { Ok(()) }
+    }
+
+    /// Everything written is durable afterwards.
+    pub(super) fn flush(&self) -> Result<(), DeviceError> {
+        if self.read_only { Ok(()) } else { self.taken(self.scratch.flush()) }
+    }
+
     fn taken(&self, written: Result<(), ScratchError>) -> Result<(), DeviceError> {
-        written.map_err(|error| {
-            tracing::warn!(view = self.name, %error, "a write to a view failed");
-            match error {
-                ScratchError::Full => DeviceError::NoSpace,
-                ScratchError::Io(_) => DeviceError::Io,
+        let (error, why) = match written {
+            Ok(()) => (None, None),
+            Err(ScratchError::Full) => (Some(DeviceError::NoSpace), Some(Refused::Quota)),
+            Err(ScratchError::DiskFull) => (Some(DeviceError::NoSpace), Some(Refused::Disk)),
+            Err(ScratchError::Io(ref error)) => {
+                tracing::warn!(view = self.name, %error, "a write to a view failed");
+                (Some(DeviceError::Io), None)
             }
-        })
+        };
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = why;
+        error.map_or(Ok(()), Err)
     }
 }
 
@@ -209,7 +243,7 @@ impl ViewQueue {
                 self.put(&slot, buffer);
                 (result, Some(slot))
             }
-            Request::Write { extent, slot, fua: _ } => {
+            Request::Write { extent, slot, fua } => {
                 let read_only = self.device.read_only;
                 let result = match self.bytes(&slot) {
                     _ if read_only => Err(DeviceError::ReadOnly),
@@ -217,17 +251,14 @@ impl ViewQueue {
                     _ => Err(DeviceError::Invalid),
                 };
                 let buffer = self.take(&slot);
-                let result = result
-                    .and_then(|()| self.device.taken(self.device.scratch.write(extent, &buffer)));
+                let result = result.and_then(|()| self.device.write(extent, &buffer, fua));
                 self.put(&slot, buffer);
                 self.release(slot);
                 (result, None)
             }
             Request::Zero { .. } if self.device.read_only => (Err(DeviceError::ReadOnly), None),
-            Request::Zero { extent, fua: _, may_unmap: _ } => {
-                (self.device.taken(self.device.scratch.zero(extent)), None)
-            }
-            Request::Flush => (Ok(()), None),
+            Request::Zero { extent, fua, may_unmap: _ } => (self.device.zero(extent, fua), None),
+            Request::Flush => (self.device.flush(), None),
         }
     }
 }
@@ -293,7 +324,11 @@ impl Queue for ViewQueue {
 
 #[cfg(test)]
 mod tests {
+    use farshore_extent::{Lsn, ViewId, VolumeId};
+
     use super::*;
+    use crate::store::SimDisk;
+    use crate::views::scratch::{Identity, Limits};
 
     struct Pattern(VolumeSize);
 
@@ -313,9 +348,19 @@ mod tests {
         }
     }
 
+    fn scratch(quota: u64) -> Scratch {
+        let identity = Identity {
+            view: ViewId::from_bytes([1; 16]),
+            volume: VolumeId::from_bytes([2; 16]),
+            at: Lsn::ZERO,
+            size: VolumeSize::new(1 << 20).unwrap(),
+        };
+        let limits = Limits { quota, reserve: None };
+        Scratch::create(Arc::new(SimDisk::new(1)), identity, limits).unwrap()
+    }
+
     fn made(quota: u64, read_only: bool) -> Arc<ViewDevice> {
-        let dir = tempfile::tempdir().unwrap();
-        let scratch = Scratch::create(dir.path(), "s", quota).unwrap();
+        let scratch = scratch(quota);
         let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
         Arc::new(ViewDevice::new("v".into(), point, scratch, read_only))
     }
@@ -365,8 +410,7 @@ mod tests {
 
     #[test]
     fn allocation_covers_the_range_and_knows_scratch_zeroes_and_point() {
-        let dir = tempfile::tempdir().unwrap();
-        let scratch = Scratch::create(dir.path(), "s", 1 << 20).unwrap();
+        let scratch = scratch(1 << 20);
         scratch.write(extent(512, 512), &[1; 512]).unwrap();
         scratch.zero(extent(1024, 512)).unwrap();
         let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
@@ -402,10 +446,15 @@ mod tests {
 
     #[test]
     fn a_full_scratch_fails_writes_and_still_reads() {
-        let mut view = view(1024);
+        let device = made(1024, false);
+        let mut view = device.clone().open_queue().unwrap();
         write(&mut *view, extent(0, 1024), 1).unwrap();
+        assert_eq!(device.refused(), None);
         assert_eq!(write(&mut *view, extent(2048, 512), 1), Err(DeviceError::NoSpace));
+        assert_eq!(device.refused(), Some(Refused::Quota));
         assert_eq!(read(&mut *view, extent(2048, 512)).unwrap()[0], 0xAB);
+        write(&mut *view, extent(0, 512), 2).unwrap();
+        assert_eq!(done(&mut *view, Request::Flush).result, Ok(()));
     }
 
     #[test]

@@ -2,100 +2,166 @@
 //! scratch.
 //!
 //! A view reads its point from the store and keeps its own writes; replication goes on under it
-//! and never waits for it. Views end with the daemon.
+//! and never waits for it. A view is there until it is closed: its row in the catalogue and its
+//! scratch outlive the daemon, and the next one serves it again, at the same places.
 
 mod block;
 mod device;
 mod export;
+mod open;
 mod scratch;
 mod tend;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farshore_blkfilter::device::Device;
-use farshore_blkfilter::frontend::nbd::{self, Export, Exports, Server};
-use farshore_extent::{BlockSizes, Extent, Lsn, PointKind, Problem, ViewId, VolumeSize, WallTime};
-use farshore_protocol::admin::{OpenView, PointChoice, ViewInfo};
-use farshore_protocol::paths::{MAX_SOCKET_PATH, Paths};
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use farshore_blkfilter::frontend::nbd::Server;
+use farshore_extent::{Problem, ViewId, VolumeId, WallTime};
+use farshore_protocol::admin::ViewInfo;
+use farshore_protocol::paths::Paths;
 use tokio::task::JoinHandle;
-use tokio_rustls::TlsAcceptor;
 
-use crate::catalogue::{PointRow, ViewRow, Wanted};
-use crate::daemon::{Daemon, blocking};
+use crate::catalogue::ViewRow;
+use crate::daemon::Daemon;
 use crate::replica::Replica;
-use crate::store::{Content, PointReader};
-use crate::worker::{Place, Work};
 use crate::{clock, durable_fs, problem};
 use block::BlockDevice;
 pub(crate) use block::Mark;
-use device::{PointBytes, PointReadError, ViewDevice};
-use scratch::Scratch;
+use device::{Refused, ViewDevice};
+pub(crate) use open::open;
 use tend::Lost;
+pub(crate) use tend::serve_again;
 
 /// How long clients of a view that is closed get to end in good order.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 
-impl PointBytes for PointReader {
-    fn size(&self) -> VolumeSize {
-        PointReader::size(self)
-    }
-
-    fn blocks(&self) -> BlockSizes {
-        PointReader::blocks(self)
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError> {
-        self.read_at(out, offset).map_err(|e| PointReadError(e.to_string()))
-    }
-
-    fn zeroes(&self, extent: Extent, max: usize) -> Vec<(Extent, bool)> {
-        match self.contents(extent, max) {
-            Ok(pieces) => pieces.into_iter().map(|(e, c)| (e, c == Content::Zero)).collect(),
-            // Reading it will say what is wrong.
-            Err(_) => vec![(extent, false)],
-        }
-    }
-}
-
-/// An open view. Dropping it stops its exports.
+/// A view that was opened and not closed.
 struct View {
-    info: ViewInfo,
-    device: Arc<ViewDevice>,
+    row: ViewRow,
     replica: Arc<Replica>,
-    server: Server,
-    block: Option<BlockDevice>,
+    /// None: it is not served now.
+    serving: Option<Serving>,
+    /// Why not.
+    broken: Option<Problem>,
+    /// When it is tried again.
+    retry: Instant,
+    /// Codes of the problems that are in the event log.
+    told: BTreeSet<u16>,
     /// Its block device was taken away.
     lost: Option<Lost>,
+}
+
+/// What serves a view.
+struct Serving {
+    device: Arc<ViewDevice>,
+    server: Server,
+    block: Option<BlockDevice>,
     tls: Option<JoinHandle<()>>,
 }
 
 impl View {
-    fn info(&self) -> ViewInfo {
-        let mut info = ViewInfo { scratch_used: self.device.used(), ..self.info.clone() };
-        if let Some(lost) = &self.lost {
-            info.device = None;
-            info.device_lost = Some(lost.why.clone());
+    fn new(row: ViewRow, replica: Arc<Replica>, serving: Option<Serving>) -> Self {
+        replica.hold(row.view, row.lsn);
+        replica.update(|facts| facts.views += 1);
+        let lost = row.device_lost.is_some().then(Lost::new);
+        Self {
+            row,
+            replica,
+            serving,
+            broken: None,
+            retry: Instant::now(),
+            told: BTreeSet::new(),
+            lost,
         }
-        info
     }
 
-    /// Ends the exports; waits for clients a little.
-    fn end(mut self) {
+    fn info(&self, daemon: &Daemon) -> ViewInfo {
+        let row = self.row.clone();
+        let device = self.serving.as_ref().map(|serving| &serving.device);
+        ViewInfo {
+            nbd_socket: open::socket_path(&daemon.paths, &row),
+            view: row.view,
+            volume: self.replica.name(),
+            size: row.size,
+            lsn: row.lsn,
+            time: row.time,
+            point: row.point,
+            export: row.export.as_str().to_owned(),
+            tls_address: row.tls_address,
+            opened: row.opened,
+            open_micros: row.open_micros,
+            scratch_used: device.map_or(0, |device| device.used()),
+            scratch_bytes: row.scratch_bytes,
+            device: row.device,
+            device_lost: row.device_lost,
+            read_only: row.read_only,
+            problems: self.problems(daemon),
+        }
+    }
+
+    fn problems(&self, daemon: &Daemon) -> Vec<Problem> {
+        let (shown, view) = (self.shown(), self.row.view);
+        let mut all = Vec::new();
+        if let Some(why) = &self.broken {
+            all.push(problem::view_not_served(&shown, &scratch_dir(daemon, view), why));
+        }
+        if let Some(device) = self.serving.as_ref().map(|serving| &serving.device) {
+            let (used, quota) = (device.used(), self.row.scratch_bytes);
+            if let Some(why) = device.failed() {
+                all.push(problem::scratch_failed(&shown, &why));
+            }
+            match device.refused() {
+                Some(Refused::Quota) => all.push(problem::scratch_full(&shown, quota)),
+                Some(Refused::Disk) => all.push(problem::no_room_for_views(&shown)),
+                // One as large as the volume never is full.
+                None if quota < self.row.size.get() && used > quota / 5 * 4 => {
+                    all.push(problem::scratch_nearly_full(&shown, used, quota));
+                }
+                None => {}
+            }
+        }
+        let facts = self.replica.facts();
+        let limits = &daemon.config.limits;
+        let long = WallTime::now().since(self.row.opened) > limits.view_hold_time.duration();
+        if self.row.lsn < facts.expired
+            && (facts.held_bytes > limits.view_hold.bytes() || (long && facts.held_bytes > 0))
+        {
+            all.push(problem::view_holds_journal(&shown, view, facts.held_bytes));
+        }
+        all
+    }
+
+    /// For people.
+    fn shown(&self) -> String {
+        format!("the view of {} at {}", self.replica.name(), clock::show(self.row.time))
+    }
+
+    /// It is gone for good.
+    fn forget(self) {
+        self.replica.release(self.row.view);
+        self.replica.update(|facts| facts.views = facts.views.saturating_sub(1));
+    }
+}
+
+impl Serving {
+    /// Ends the exports; waits for clients a little. A block device goes too, unless it is to stay
+    /// `for_users`, who wait for the next daemon then.
+    fn end(mut self, for_users: bool) {
         if let Some(tls) = self.tls.take() {
             tls.abort();
         }
         if let Some(block) = self.block.take() {
-            block.remove();
+            if for_users && block.unused().is_err() { block.leave() } else { block.remove() }
         }
         if !self.server.stop(CLOSE_GRACE) {
-            tracing::warn!(view = %self.info.view, "clients of a closed view were cut off");
+            tracing::warn!("clients of a view were cut off");
         }
-        self.replica.update(|facts| facts.views = facts.views.saturating_sub(1));
+        // What no flush has covered may be lost; nobody was told otherwise.
+        if let Err(error) = self.device.flush() {
+            tracing::warn!(%error, "the last writes to a view may be lost");
+        }
     }
 }
 
@@ -134,29 +200,45 @@ impl Views {
     }
 
     /// The open ones.
-    pub(crate) fn list(&self) -> Vec<ViewInfo> {
-        self.lock().views.values().map(View::info).collect()
+    pub(crate) fn list(&self, daemon: &Daemon) -> Vec<ViewInfo> {
+        self.lock().views.values().map(|view| view.info(daemon)).collect()
     }
 
-    /// Ends all of them.
+    /// What is wrong with those of a volume.
+    pub(crate) fn problems(&self, daemon: &Daemon, volume: VolumeId) -> Vec<Problem> {
+        let open = self.lock();
+        let of_it = open.views.values().filter(|view| view.row.volume == volume);
+        of_it.flat_map(|view| view.problems(daemon)).collect()
+    }
+
+    /// Ends the exports of all of them; the next daemon serves them again.
     pub(crate) fn end_all(&self) {
         let views = std::mem::take(&mut self.lock().views);
-        views.into_values().for_each(View::end);
+        views.into_values().filter_map(|view| view.serving).for_each(|s| s.end(true));
     }
 
-    /// Closes a view and forgets its scratch; `note` is kept as evidence. Blocks.
+    /// Closes a view and drops its scratch; `note` is kept as evidence. Blocks.
     ///
     /// # Errors
     /// FS-6607 while somebody uses its device: it stays open then.
     pub(crate) fn close(&self, daemon: &Daemon, view: ViewId, note: &str) -> Result<(), Problem> {
-        let found = self.lock().views.remove(&view).ok_or_else(|| problem::no_view(&view))?;
-        if let Some(Err(problem)) = found.block.as_ref().map(BlockDevice::unused) {
+        let mut found = self.lock().views.remove(&view).ok_or_else(|| problem::no_view(&view))?;
+        let block = found.serving.as_ref().and_then(|serving| serving.block.as_ref());
+        if let Some(Err(problem)) = block.map(BlockDevice::unused) {
             self.lock().views.insert(view, found);
             return Err(problem);
         }
-        let info = found.info();
-        found.end();
-        daemon.catalogue.lock().close_view(view, WallTime::now(), note)?;
+        let info = found.info(daemon);
+        if let Some(serving) = found.serving.take() {
+            serving.end(false);
+        }
+        if let Err(error) = daemon.catalogue.lock().close_view(view, WallTime::now(), note) {
+            // Not closed: it is served again.
+            self.lock().views.insert(view, found);
+            return Err(error.into());
+        }
+        drop_scratch(&scratch_dir(daemon, view));
+        found.forget();
         let text = format!(
             "a view of {} was closed, {} bytes written to it",
             clock::show(info.time),
@@ -167,188 +249,85 @@ impl Views {
     }
 }
 
-/// Makes the directories of scratches and sockets and empties them of what a crash left; removes
-/// the block devices it left.
-pub(crate) fn prepare(scratches: &Path, paths: &Paths, mark: Mark) -> Result<(), Problem> {
-    block::remove_stale(mark);
-    for dir in [scratches, &sockets(paths)] {
-        durable_fs::create_private_dir(dir).map_err(|e| problem::file("create", dir, &e))?;
-        let stale = std::fs::read_dir(dir).map_err(|e| problem::file("read", dir, &e))?;
-        for entry in stale {
-            let removed = entry.and_then(|entry| std::fs::remove_file(entry.path()));
-            removed.map_err(|e| problem::file("clean", dir, &e))?;
-        }
+/// The files of a view's scratch.
+fn scratch_dir(daemon: &Daemon, view: ViewId) -> PathBuf {
+    daemon.data.views().join(view.to_string())
+}
+
+/// What stays is removed at the next start.
+fn drop_scratch(dir: &Path) {
+    let gone = match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => dir.parent().map_or(Ok(()), durable_fs::sync_dir),
+    };
+    if let Err(error) = gone {
+        let dir = dir.display();
+        tracing::warn!(%dir, %error, "the scratch of a closed view is still there");
     }
-    Ok(())
 }
 
 fn sockets(paths: &Paths) -> PathBuf {
     paths.run.join("views")
 }
 
-/// Opens a view as `request` says.
-pub(crate) async fn open(daemon: &Arc<Daemon>, request: OpenView) -> Result<ViewInfo, Problem> {
-    let begun = Instant::now();
-    let replica = daemon.replica(&request.volume)?;
-    let _ticket = daemon.views.ticket(daemon.config.limits.views)?;
-    let (place, chosen) = choose(daemon, &replica, &request.point).await?;
-    let (reply, answer) = oneshot::channel();
-    if !replica.send(Work::View { at: place, reply }).await {
-        return Err(problem::stopping());
+/// Makes the directories of scratches and sockets, removes what a crash left, and takes over the
+/// views that were open: from now on nothing that they need expires. They are served by and by.
+pub(crate) fn prepare(daemon: &Daemon) -> Result<(), Problem> {
+    let rows = daemon.catalogue.lock().open_views()?;
+    let devices: BTreeSet<PathBuf> = rows.iter().filter_map(|row| row.device.clone()).collect();
+    block::remove_stale(Mark::of(daemon.authority.fingerprint()), &devices);
+    let (scratches, sockets) = (daemon.data.views(), sockets(&daemon.paths));
+    for dir in [&scratches, &sockets] {
+        durable_fs::create_private_dir(dir).map_err(|e| problem::file("create", dir, &e))?;
     }
-    let (reader, time) = answer.await.map_err(|_| problem::stopping())??;
-    let lsn = reader.at();
-    let tls = listen_tls(daemon, request.tls_listen.as_deref()).await?;
-    let (info, exports) = {
-        let (replica, point) = (Arc::clone(&replica), chosen);
-        let tls_address = tls.as_ref().map(|(_, address, _)| address.clone());
-        let making = move |d: &Daemon| {
-            make(d, replica, reader, &request, Chosen { point, lsn, time, tls_address, begun })
+    for entry in entries(&sockets)? {
+        std::fs::remove_file(&entry).map_err(|e| problem::file("clean", &entry, &e))?;
+    }
+    for entry in entries(&scratches)? {
+        sweep(daemon, &entry)?;
+    }
+    let replicas = daemon.replicas();
+    for row in rows {
+        let Some(replica) = replicas.iter().find(|replica| replica.volume == row.volume) else {
+            let dir = scratch_dir(daemon, row.view);
+            daemon.catalogue.note(6611, None, problem::stray_scratch(&dir).what);
+            continue;
         };
-        blocking(daemon, making).await?
+        let mut view = View::new(row, Arc::clone(replica), None);
+        view.broken = Some(problem::view_being_opened());
+        daemon.views.lock().views.insert(view.row.view, view);
+    }
+    Ok(())
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, Problem> {
+    let read = || -> std::io::Result<Vec<PathBuf>> {
+        std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
     };
-    if let Some((listener, _, acceptor)) = tls {
-        let task = tokio::spawn(export::serve(listener, acceptor, exports));
-        match daemon.views.lock().views.get_mut(&info.view) {
-            Some(view) => view.tls = Some(task),
-            None => task.abort(),
+    read().map_err(|e| problem::file("read", dir, &e))
+}
+
+/// Removes what is certainly nobody's; what nobody knows is kept and told.
+fn sweep(daemon: &Daemon, entry: &Path) -> Result<(), Problem> {
+    let name = entry.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if entry.is_file() {
+        // Of an earlier release, whose views ended with the daemon.
+        return std::fs::remove_file(entry).map_err(|e| problem::file("clean", entry, &e));
+    }
+    let view = name.parse::<ViewId>().ok();
+    let closed = match view {
+        Some(view) => daemon.catalogue.lock().is_closed(view)?,
+        None => None,
+    };
+    match closed {
+        Some(true) => drop_scratch(entry),
+        Some(false) => {}
+        // Made just before a crash, and nobody has heard of it.
+        None if scratch::is_empty(entry) => drop_scratch(entry),
+        None => {
+            let stray = problem::stray_scratch(entry);
+            daemon.catalogue.note(stray.code.0, None, stray.what);
         }
     }
-    Ok(info)
-}
-
-/// What was found out before a view is made.
-struct Chosen {
-    point: Option<PointRow>,
-    lsn: Lsn,
-    time: WallTime,
-    tls_address: Option<String>,
-    begun: Instant,
-}
-
-fn make(
-    daemon: &Daemon,
-    replica: Arc<Replica>,
-    reader: PointReader,
-    request: &OpenView,
-    chosen: Chosen,
-) -> Result<(ViewInfo, Exports), Problem> {
-    let view = ViewId::random();
-    let size = reader.size();
-    let scratch_bytes = if request.scratch_bytes == 0 { size.get() } else { request.scratch_bytes };
-    let dir = daemon.data.views();
-    let scratch = Scratch::create(&dir, &view.to_string(), scratch_bytes)
-        .map_err(|e| problem::file("create a scratch in", &dir, &e))?;
-    let point = match chosen.point {
-        Some(point) => Some(point),
-        // A place that happens to be a point is one.
-        None => daemon.catalogue.lock().find_point(replica.volume, &Wanted::At(chosen.lsn))?,
-    };
-    let time = point.as_ref().map_or(chosen.time, |row| row.at.time);
-    let read_only = request.read_only;
-    let device = ViewDevice::new(view.to_string(), Box::new(reader), scratch, read_only);
-    let device = Arc::new(device);
-    let export = request.volume.as_str().to_owned();
-    let exports = Exports::new();
-    let socket = socket_path(daemon, &request.volume, view)?;
-    let offered = exports.add(Export {
-        name: export.clone(),
-        description: format!("{} at {}", request.volume, clock::show(time)),
-        device: Arc::clone(&device) as _,
-    });
-    offered.map_err(|e| problem::export(&e))?;
-    let server = Server::bind_unix(&socket, exports.clone(), nbd::Config::default())
-        .map_err(|e| problem::export(&format!("{}: {e}", socket.display())))?;
-    let served: Arc<dyn Device> = Arc::clone(&device) as _;
-    let mark = Mark::of(daemon.authority.fingerprint());
-    let block = request.device.then(|| BlockDevice::start(&served, mark, view)).transpose()?;
-    let open_micros = u64::try_from(chosen.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let info = ViewInfo {
-        view,
-        volume: request.volume.clone(),
-        size,
-        lsn: chosen.lsn,
-        time,
-        point: point.map(|row| row.point),
-        nbd_socket: socket,
-        export,
-        tls_address: chosen.tls_address,
-        opened: WallTime::now(),
-        open_micros,
-        scratch_used: 0,
-        scratch_bytes: device.quota(),
-        device: block.as_ref().map(BlockDevice::path),
-        device_lost: None,
-        read_only,
-    };
-    let row =
-        ViewRow { view, volume: replica.volume, lsn: info.lsn, opened: info.opened, open_micros };
-    if let Err(error) = daemon.catalogue.lock().put_view(&row) {
-        block.into_iter().for_each(BlockDevice::remove);
-        return Err(error.into());
-    }
-    let text = format!("a view of {} was opened", clock::show(time));
-    daemon.catalogue.note(0, Some(&info.volume), text);
-    replica.update(|facts| facts.views += 1);
-    let opened = View { info: info.clone(), device, replica, server, block, lost: None, tls: None };
-    daemon.views.lock().views.insert(view, opened);
-    Ok((info, exports))
-}
-
-/// `run/views/NAME-xxxx.sock`.
-fn socket_path(
-    daemon: &Daemon,
-    name: &farshore_extent::VolumeName,
-    view: ViewId,
-) -> Result<PathBuf, Problem> {
-    let short: String = view.to_string().chars().take(8).collect();
-    let path = sockets(&daemon.paths).join(format!("{name}-{short}.sock"));
-    let len = path.as_os_str().len();
-    if len > MAX_SOCKET_PATH {
-        let why = format!(
-            "{} has {len} bytes, a socket's path at most {MAX_SOCKET_PATH}",
-            path.display()
-        );
-        return Err(problem::export(&why));
-    }
-    Ok(path)
-}
-
-type Listening = (TcpListener, String, TlsAcceptor);
-
-async fn listen_tls(
-    daemon: &Arc<Daemon>,
-    address: Option<&str>,
-) -> Result<Option<Listening>, Problem> {
-    let Some(address) = address else { return Ok(None) };
-    let listener = TcpListener::bind(address).await.map_err(|e| problem::listen(address, &e))?;
-    let bound = listener.local_addr().map_err(|e| problem::listen(address, &e))?.to_string();
-    let names = crate::init::certificate_names(&daemon.config);
-    let tls = daemon.authority.export_tls(&names)?;
-    Ok(Some((listener, bound, TlsAcceptor::from(tls))))
-}
-
-/// The place that a person means, with the point when it is one.
-async fn choose(
-    daemon: &Arc<Daemon>,
-    replica: &Arc<Replica>,
-    choice: &PointChoice,
-) -> Result<(Place, Option<PointRow>), Problem> {
-    let (wanted, words) = match choice {
-        PointChoice::Time(time) => return Ok((Place::Time(*time), None)),
-        PointChoice::At(lsn) => return Ok((Place::At(*lsn), None)),
-        PointChoice::Latest => (Wanted::Newest, "yet".to_owned()),
-        PointChoice::LatestApp => {
-            (Wanted::OfKind(PointKind::App), "that is application-consistent".to_owned())
-        }
-        PointChoice::Id(id) => (Wanted::Numbered(*id), id.to_string()),
-        PointChoice::Name(name) => (Wanted::Named(name.clone()), format!("named {name:?}")),
-    };
-    let replica = Arc::clone(replica);
-    let found = blocking(daemon, move |d| {
-        let row = d.catalogue.lock().find_point(replica.volume, &wanted)?;
-        row.ok_or_else(|| problem::no_point(&replica.name(), &words))
-    });
-    let row = found.await?;
-    Ok((Place::At(row.at.lsn), Some(row)))
+    Ok(())
 }

@@ -1,18 +1,33 @@
-//! Writes made to a view: a sparse file of its own and a map of what it holds.
+//! Writes made to a view: a sparse file and a durable map of what it holds.
 //!
-//! Lives and dies with the view: the file has no name, so a crash leaves nothing behind. Never
-//! touches base or journal.
+//! A flush makes all writes before it durable, data first and then the map, so that after a power
+//! cut the map never speaks of bytes that are not there: flushed writes are kept, others may be
+//! lost, and nothing foreign is ever shown. Never touches base or journal.
 
-use std::fs::{File, OpenOptions};
+mod log;
+#[cfg(test)]
+mod tests;
+
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use farshore_extent::{Extent, ExtentSet};
+use nix::sys::statvfs::statvfs;
+
+use crate::store::{Disk, DiskFile, FileKind};
+use log::{Entry, Log};
+pub(super) use log::{Identity, OpenError};
+
+const DATA: &str = "data";
 
 /// Most disjoint ranges of one scratch: 1 Mi x about 64 B in the map = 64 MiB.
 const MAX_RANGES: usize = 1 << 20;
+
+/// Space of zeroed ranges is given back in pieces of at least so many bytes: a hole costs
+/// milliseconds.
+const PUNCH: u64 = 1 << 20;
 
 /// Where the bytes of a range of a view are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +43,12 @@ pub(super) enum Place {
 /// Why a write was not taken.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ScratchError {
-    /// Quota or file system full. Only this view fails.
+    /// All that it may take is in it. Only this view fails.
     #[error("the scratch of the view is full")]
     Full,
+    /// The rest of the target's disk is for the journals. Only views fail.
+    #[error("the disk of the target is nearly full")]
+    DiskFull,
     /// The file system failed.
     #[error("{0}")]
     Io(io::Error),
@@ -38,11 +56,12 @@ pub(super) enum ScratchError {
 
 impl From<io::Error> for ScratchError {
     fn from(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full,
-            _ => Self::Io(error),
-        }
+        if is_full(&error) { Self::DiskFull } else { Self::Io(error) }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 #[derive(Debug, Default)]
@@ -51,24 +70,89 @@ struct Map {
     zeroed: ExtentSet,
     /// Bytes in `written`.
     used: u64,
+    /// Ranges of both that the log does not know yet.
+    pending: ExtentSet,
+}
+
+/// Whether nothing was ever written to the scratch in `dir`, as far as one can tell.
+pub(super) fn is_empty(dir: &Path) -> bool {
+    let there = |name| std::fs::metadata(dir.join(name)).ok();
+    let map = there(log::NAME).is_none_or(|map| map.len() <= log::EMPTY);
+    map && there(DATA).is_none_or(|data| data.blocks() == 0)
+}
+
+/// How much a scratch may take.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    /// Most bytes that may be written.
+    pub(super) quota: u64,
+    /// A folder of the file system whose free space is to stay above so many bytes, or above a tenth
+    /// of it all if that is less.
+    pub(super) reserve: Option<(PathBuf, u64)>,
+}
+
+impl Limits {
+    /// Whether `bytes` more leave the reserve alone.
+    fn leave_room(&self, bytes: u64) -> io::Result<bool> {
+        let Some((dir, reserve)) = &self.reserve else { return Ok(true) };
+        let now = statvfs(dir)?;
+        let free = now.blocks_available().saturating_mul(now.fragment_size());
+        let all = now.blocks().saturating_mul(now.fragment_size());
+        Ok(free >= bytes.saturating_add((*reserve).min(all / 10)))
+    }
 }
 
 /// See the module.
-#[derive(Debug)]
 pub(super) struct Scratch {
-    file: File,
-    quota: u64,
+    data: Arc<dyn DiskFile>,
+    limits: Limits,
     map: RwLock<Map>,
+    log: Mutex<Log>,
+    /// The first failed sync: nothing that was written since the last good one is known to be
+    /// there, so nothing more is taken.
+    failed: OnceLock<String>,
 }
 
 impl Scratch {
-    /// An empty scratch of at most `quota` bytes, in a nameless file below `dir`.
-    pub(super) fn create(dir: &Path, name: &str, quota: u64) -> io::Result<Self> {
-        let path = dir.join(name);
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-        std::fs::remove_file(&path)?;
-        Ok(Self { file, quota, map: RwLock::default() })
+    /// An empty scratch in `disk`, durable when this returns.
+    pub(super) fn create(
+        disk: Arc<dyn Disk>,
+        identity: Identity,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let data = disk.create(DATA, FileKind::Plain)?;
+        data.set_len(identity.size.get())?;
+        data.sync()?;
+        let log = Log::create(Arc::clone(&disk), identity)?;
+        disk.sync_dir()?;
+        Ok(Self::new(data, log, Map::default(), limits))
+    }
+
+    /// The scratch that an earlier daemon left in `disk`: as of its last flush, or later.
+    pub(super) fn open(
+        disk: Arc<dyn Disk>,
+        identity: Identity,
+        limits: Limits,
+    ) -> Result<Self, OpenError> {
+        let data = disk.open(DATA, FileKind::Plain)?;
+        if data.len()? < identity.size.get() {
+            return Err(OpenError::Damaged(format!("{DATA}: it is shorter than the volume")));
+        }
+        let (log, entries) = Log::open(disk, identity)?;
+        let mut map = Map::default();
+        for (extent, zero) in entries {
+            if !identity.size.extent().contains(extent) {
+                return Err(OpenError::Damaged(format!("map: {extent} is outside of the volume")));
+            }
+            map.set(extent, zero);
+        }
+        map.used = map.written.bytes();
+        Ok(Self::new(data, log, map, limits))
+    }
+
+    fn new(data: Arc<dyn DiskFile>, log: Log, map: Map, limits: Limits) -> Self {
+        let (map, log) = (RwLock::new(map), Mutex::new(log));
+        Self { data, limits, map, log, failed: OnceLock::new() }
     }
 
     fn read_map(&self) -> RwLockReadGuard<'_, Map> {
@@ -84,24 +168,31 @@ impl Scratch {
         self.read_map().used
     }
 
-    /// Most bytes that may be written.
-    pub(super) const fn quota(&self) -> u64 {
-        self.quota
+    /// Why it takes no more writes, if a sync has failed.
+    pub(super) fn failed(&self) -> Option<&str> {
+        self.failed.get().map(String::as_str)
+    }
+
+    fn check_alive(&self) -> Result<(), ScratchError> {
+        match self.failed() {
+            None => Ok(()),
+            Some(first) => Err(ScratchError::Io(io::Error::other(first.to_owned()))),
+        }
+    }
+
+    fn fail(&self, error: io::Error) -> ScratchError {
+        let first = self.failed.get_or_init(|| error.to_string());
+        ScratchError::Io(io::Error::other(first.clone()))
     }
 
     /// Cuts `extent` into pieces by where their bytes are, ascending, without gaps.
     pub(super) fn places(&self, extent: Extent) -> Vec<(Extent, Place)> {
-        let map = self.read_map();
-        let mut known: Vec<(Extent, Place)> =
-            map.written.inside(extent).map(|e| (e, Place::Scratch)).collect();
-        known.extend(map.zeroed.inside(extent).map(|e| (e, Place::Zero)));
-        drop(map);
-        known.sort_unstable_by_key(|(e, _)| e.offset());
+        let known = self.read_map().inside(extent);
         let mut pieces = Vec::with_capacity(known.len() * 2 + 1);
         let mut at = extent.offset();
-        for (piece, place) in known {
+        for (piece, zero) in known {
             pieces.extend(Extent::between(at, piece.offset()).map(|gap| (gap, Place::Point)));
-            pieces.push((piece, place));
+            pieces.push((piece, if zero { Place::Zero } else { Place::Scratch }));
             at = piece.end();
         }
         pieces.extend(Extent::between(at, extent.end()).map(|gap| (gap, Place::Point)));
@@ -110,108 +201,132 @@ impl Scratch {
 
     /// Reads bytes that [`Self::places`] said are here.
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(out, offset)
+        self.data.read_at(out, offset)
     }
 
-    /// Takes a write. When it fails nothing of it is visible.
+    /// Takes a write. When it fails nothing of it is visible where nothing was written before.
     pub(super) fn write(&self, extent: Extent, bytes: &[u8]) -> Result<(), ScratchError> {
+        self.check_alive()?;
         // Exclusive over the write: the map must never point at bytes that are not there, and a
         // zero request for the same range must not slip in between.
         let mut map = self.write_map();
-        let there: u64 = map.written.inside(extent).map(Extent::len).sum();
-        let used = map.used + extent.len() - there;
-        if used > self.quota || map.is_full() {
+        let new: Vec<Extent> = gaps(&map.written, extent).collect();
+        let more = new.iter().map(|gap| gap.len()).sum::<u64>();
+        let used = map.used + more;
+        if used > self.limits.quota || map.is_full() {
             return Err(ScratchError::Full);
         }
-        self.file.write_all_at(bytes, extent.offset())?;
-        map.zeroed.remove(extent);
-        map.written.insert(extent);
+        if more > 0 && !self.limits.leave_room(more)? {
+            return Err(ScratchError::DiskFull);
+        }
+        self.data.write_at(bytes, extent.offset())?;
+        map.set(extent, false);
         map.used = used;
+        new.into_iter().for_each(|gap| map.pending.insert(gap));
         Ok(())
     }
 
     /// Makes the range read as zero. Costs no space in the file.
     pub(super) fn zero(&self, extent: Extent) -> Result<(), ScratchError> {
+        self.check_alive()?;
         let mut map = self.write_map();
         if map.is_full() {
             return Err(ScratchError::Full);
         }
-        let there: u64 = map.written.inside(extent).map(Extent::len).sum();
-        map.written.remove(extent);
-        map.zeroed.insert(extent);
-        map.used -= there;
+        let there: Vec<Extent> = map.written.inside(extent).collect();
+        let new: Vec<Extent> = gaps(&map.zeroed, extent).collect();
+        map.set(extent, true);
+        map.used -= there.iter().map(|piece| piece.len()).sum::<u64>();
+        new.into_iter().for_each(|gap| map.pending.insert(gap));
+        // Until the next flush a power cut may leave zeroes there or what was written before:
+        // both are right for a range that was being zeroed.
+        for piece in there.into_iter().filter(|piece| piece.len() >= PUNCH) {
+            if let Err(error) = self.data.punch(piece) {
+                tracing::debug!(%error, "the space of zeroes cannot be given back");
+            }
+        }
         Ok(())
     }
+
+    /// Makes every write and zero that has ended durable.
+    ///
+    /// # Errors
+    /// [`ScratchError::DiskFull`]: nothing was lost, and it can be tried again. After any other the
+    /// scratch takes nothing more until it is opened again.
+    pub(super) fn flush(&self) -> Result<(), ScratchError> {
+        // One at a time: a record is durable before the next begins.
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_alive()?;
+        let (new, all) = {
+            let mut map = self.write_map();
+            let ranges = map.written.extents() + map.zeroed.extents();
+            let all = log.is_long_for(ranges).then(|| map.entries());
+            (map.take_pending(), all)
+        };
+        // Before the log: it must not speak of data that a power cut can take away.
+        self.data.sync().map_err(|e| self.fail(e))?;
+        if new.is_empty() {
+            return Ok(());
+        }
+        let mut recorded = match all {
+            Some(all) => log.rewrite(&all),
+            None => log.append(&new),
+        };
+        if recorded.as_ref().is_err_and(is_full) {
+            // A rewrite needs the space of the whole log for a moment, a record little.
+            recorded = log.append(&new);
+        }
+        recorded.map_err(|error| match ScratchError::from(error) {
+            full @ (ScratchError::Full | ScratchError::DiskFull) => {
+                let mut map = self.write_map();
+                new.iter().for_each(|(extent, _)| map.pending.insert(*extent));
+                full
+            }
+            ScratchError::Io(error) => self.fail(error),
+        })
+    }
+}
+
+/// The parts of `extent` that are not in `set`.
+fn gaps(set: &ExtentSet, extent: Extent) -> impl Iterator<Item = Extent> {
+    let mut at = extent.offset();
+    let ends = set.inside(extent).map(|e| (e.offset(), e.end())).chain([(extent.end(), u64::MAX)]);
+    ends.filter_map(move |(from, to)| {
+        let gap = Extent::between(at, from);
+        at = to;
+        gap
+    })
 }
 
 impl Map {
     fn is_full(&self) -> bool {
         self.written.extents() + self.zeroed.extents() >= MAX_RANGES
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn ext(offset: u64, len: u64) -> Extent {
-        Extent::new(offset, len).unwrap()
+    fn set(&mut self, extent: Extent, zero: bool) {
+        let (to, from) = match zero {
+            true => (&mut self.zeroed, &mut self.written),
+            false => (&mut self.written, &mut self.zeroed),
+        };
+        from.remove(extent);
+        to.insert(extent);
     }
 
-    fn size(n: u64) -> usize {
-        usize::try_from(n).unwrap()
+    /// What of `extent` was written or zeroed, ascending.
+    fn inside(&self, extent: Extent) -> Vec<Entry> {
+        let mut known: Vec<Entry> = self.written.inside(extent).map(|e| (e, false)).collect();
+        known.extend(self.zeroed.inside(extent).map(|e| (e, true)));
+        known.sort_unstable_by_key(|(e, _)| e.offset());
+        known
     }
 
-    proptest! {
-        #[test]
-        fn a_scratch_over_a_point_reads_like_a_disk(
-            ops in prop::collection::vec((0u8..3, 0u64..60, 1u64..9), 1..40),
-        ) {
-            let dir = tempfile::tempdir().unwrap();
-            let scratch = Scratch::create(dir.path(), "s", 1 << 20).unwrap();
-            let mut model = vec![0xEEu8; 64];
-            for (n, (op, offset, len)) in ops.into_iter().enumerate() {
-                let len = len.min(64 - offset);
-                let extent = ext(offset, len);
-                let range = size(offset)..size(offset + len);
-                let value = u8::try_from(n).unwrap();
-                match op {
-                    0 => { scratch.zero(extent).unwrap(); model[range].fill(0) }
-                    _ => {
-                        scratch.write(extent, &vec![value; size(len)]).unwrap();
-                        model[range].fill(value);
-                    }
-                }
-                let mut seen = Vec::new();
-                for (piece, place) in scratch.places(ext(0, 64)) {
-                    prop_assert_eq!(piece.offset(), seen.len() as u64, "no gap, no overlap");
-                    let mut bytes = vec![0; size(piece.len())];
-                    match place {
-                        Place::Scratch => scratch.read(piece.offset(), &mut bytes).unwrap(),
-                        Place::Zero => {}
-                        Place::Point => bytes.fill(0xEE),
-                    }
-                    seen.extend(bytes);
-                }
-                prop_assert_eq!(&seen, &model);
-            }
-        }
+    fn entries(&self) -> Vec<Entry> {
+        let written = self.written.iter().map(|e| (e, false));
+        written.chain(self.zeroed.iter().map(|e| (e, true))).collect()
     }
 
-    #[test]
-    fn the_quota_counts_each_byte_once_and_zeroing_gives_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let scratch = Scratch::create(dir.path(), "s", 8192).unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the file has no name");
-        scratch.write(ext(0, 8192), &[1; 8192]).unwrap();
-        scratch.write(ext(4096, 4096), &[2; 4096]).unwrap();
-        assert!(matches!(scratch.write(ext(8192, 512), &[3; 512]), Err(ScratchError::Full)));
-        assert_eq!(scratch.places(ext(8192, 512)), [(ext(8192, 512), Place::Point)]);
-        scratch.zero(ext(0, 4096)).unwrap();
-        assert_eq!(scratch.used(), 4096);
-        scratch.write(ext(8192, 512), &[3; 512]).unwrap();
-        assert_eq!(scratch.used(), 4608);
+    fn take_pending(&mut self) -> Vec<Entry> {
+        let pending = std::mem::take(&mut self.pending);
+        pending.iter().flat_map(|extent| self.inside(extent)).collect()
     }
 }

@@ -12,6 +12,7 @@ mod compare;
 mod damage;
 mod enrolment;
 mod hostile;
+mod kept_views;
 mod points_and_views;
 mod replication;
 mod retention;

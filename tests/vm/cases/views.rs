@@ -1,5 +1,5 @@
 //! Points opened as block devices of the target host: a file system on one is whole, its device
-//! goes away with the view and with the daemon, and not under somebody who uses it.
+//! goes away with the view and not with the daemon, and not under somebody who uses it.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -24,7 +24,8 @@ pub const GROUP: Group = Group {
         a_view_outlives_its_device_of_the_kernels_nbd_client,
         a_point_on_ublk_is_a_whole_file_system_until_it_is_closed,
         a_read_only_view_takes_no_writes,
-        the_device_of_a_view_ends_with_a_killed_daemon,
+        a_mounted_view_on_ublk_goes_on_after_a_kill_of_the_target,
+        a_view_on_the_kernels_nbd_client_goes_on_after_a_kill_of_the_target,
         a_view_outlives_its_deleted_ublk_device_and_ends_when_nobody_uses_it,
         a_view_outlives_its_stopped_ublk_device,
     ],
@@ -183,17 +184,55 @@ fn a_read_only_view_takes_no_writes() {
     bed.close(&device);
 }
 
-fn the_device_of_a_view_ends_with_a_killed_daemon() {
+impl Bed {
+    /// The view is served again, at the same places.
+    fn served_again(&self, before: &ViewInfo) {
+        let again = wait_for("the view to be served again", LIMIT, || {
+            self.views().pop().filter(|view| view.problems.is_empty())
+        });
+        let places = |view: &ViewInfo| (view.nbd_socket.clone(), view.device.clone());
+        assert_eq!((again.view, places(&again)), (before.view, places(before)));
+    }
+
+    /// A file system on the view outlives a killed target, and its content an orderly stop.
+    fn assert_goes_on(self) {
+        let (view, device) = self.open(&[]);
+        let at = self.site.root().join("view");
+        fs::create_dir_all(&at).expect("a folder");
+        run("mount", &[text(&device), text(&at)]);
+        fs::write(at.join("before"), vec![7; 1 << 20]).expect("a write to the view");
+        run("sync", &["-f", text(&at)]);
+        let mut bed = self;
+        bed.daemons.target.kill();
+        bed.daemons.target = bed.site.start_target();
+        bed.served_again(&view);
+        fs::write(at.join("after"), vec![8; 1 << 20]).expect("a write after the kill");
+        run("sync", &["-f", text(&at)]);
+        run("umount", &[text(&at)]);
+        run("fsck.ext4", &["-f", "-n", text(&device)]);
+        // Nobody uses it now.
+        assert!(bed.daemons.target.stop().success());
+        bed.daemons.target = bed.site.start_target();
+        bed.served_again(&view);
+        let device = guest::block_device(&device);
+        run("mount", &[text(&device), text(&at)]);
+        for (name, value) in [("before", 7), ("after", 8)] {
+            let kept = fs::read(at.join(name)).expect("a file");
+            assert!(kept == vec![value; 1 << 20], "{name} is another");
+        }
+        run("umount", &[text(&at)]);
+        bed.close(&device);
+    }
+}
+
+fn a_mounted_view_on_ublk_goes_on_after_a_kill_of_the_target() {
     guest::load("ublk_drv");
-    let mut bed = Bed::new();
-    let (_, device) = bed.open(&[]);
-    bed.daemons.target.kill();
-    bed.daemons.target = bed.site.start_target();
-    assert!(bed.views().is_empty(), "views end with the daemon");
-    assert_gone(&device);
-    let (_, device) = bed.open(&[]);
-    assert_same_bytes(&bed.image, &device, "the view after the restart and the source");
-    bed.close(&device);
+    Bed::new().assert_goes_on();
+}
+
+fn a_view_on_the_kernels_nbd_client_goes_on_after_a_kill_of_the_target() {
+    guest::load("nbd");
+    Bed::new().assert_goes_on();
 }
 
 /// What is written to a view before it loses its device.

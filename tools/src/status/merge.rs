@@ -63,6 +63,8 @@ pub struct Row {
     pub size: u64,
     /// Bytes of journal at the target.
     pub journal_bytes: Option<u64>,
+    /// Bytes of it that have expired and stay because views need them.
+    pub held_bytes: Option<u64>,
     /// Views open at the target.
     pub views: Option<u32>,
     /// Source: the block device to use, when there is one.
@@ -108,6 +110,9 @@ pub struct Trouble {
     pub problem: Problem,
 }
 
+/// Codes of what can be wrong with a view.
+const VIEWS: std::ops::Range<u16> = 6600..6700;
+
 /// Puts the sides together.
 pub fn merge(sides: &Sides, now: WallTime) -> StatusReport {
     let mut rows: BTreeMap<(VolumeName, VolumeId), Row> = BTreeMap::new();
@@ -142,7 +147,9 @@ pub fn merge(sides: &Sides, now: WallTime) -> StatusReport {
     sides.silent.iter().for_each(|p| add(None, p));
     let mut volumes: Vec<Row> = rows.into_values().collect();
     for row in &mut volumes {
-        let troubled = problems.iter().any(|t| t.volume.as_ref() == Some(&row.volume));
+        let of_it = |t: &&Trouble| t.volume.as_ref() == Some(&row.volume);
+        // What is wrong with a view is not wrong with the pair.
+        let troubled = problems.iter().filter(of_it).any(|t| !VIEWS.contains(&t.problem.code.0));
         // A state never says "ok" with warnings inside.
         if row.state == PairState::Protected && troubled {
             row.state = PairState::Lagging;
@@ -181,6 +188,7 @@ fn of_replica(r: &ReplicaStatus) -> Row {
         last_drill: r.last_drill,
         size: r.size.get(),
         journal_bytes: Some(r.journal_bytes),
+        held_bytes: Some(r.held_bytes),
         views: Some(r.views),
         device: None,
         nbd_socket: None,
@@ -245,6 +253,7 @@ fn of_source(
         last_drill: None,
         size: v.info.size.get(),
         journal_bytes: None,
+        held_bytes: None,
         views: None,
         device: v.info.link.clone().or_else(|| v.info.attachment.device().map(PathBuf::from)),
         nbd_socket: v.info.attachment.socket().map(PathBuf::from),

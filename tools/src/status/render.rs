@@ -264,6 +264,7 @@ pub mod tests_data {
             oldest_point: Some(back(86_280)),
             views: 1,
             journal_bytes: 7 << 30,
+            held_bytes: 0,
             digests: 0,
             differing: 0,
             last_scrub: Some(back(86_400)),

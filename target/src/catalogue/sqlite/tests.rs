@@ -108,11 +108,16 @@ fn a_catalogue_of_the_first_version_is_taken_over() {
     let file = dir.path().join("c.sqlite");
     let old = SCHEMA
         .replace(", policy TEXT NOT NULL DEFAULT ''", "")
-        .replace("user_version = 2", "user_version = 1");
+        .replace("user_version = 3", "user_version = 1");
+    let (views, rest) = old.split_once(", time INTEGER, point INTEGER,\n").unwrap();
+    let (_, rest) = rest.split_once("device_lost TEXT").unwrap();
+    let old = format!("{views}{rest}");
     let db = Connection::open(&file).unwrap();
     db.execute_batch(&old).unwrap();
     let row = "INSERT INTO volumes VALUES (zeroblob(16), 'v', zeroblob(16), 1048576, 512,
                512, 5000, 0, zeroblob(16))";
+    db.execute(row, []).unwrap();
+    let row = "INSERT INTO views VALUES (zeroblob(16), zeroblob(16), zeroblob(16), 1, 2, NULL, '')";
     db.execute(row, []).unwrap();
     drop(db);
     for _ in 0..2 {
@@ -120,11 +125,56 @@ fn a_catalogue_of_the_first_version_is_taken_over() {
         let mut volume = catalogue.volumes().unwrap().remove(0);
         assert_eq!((volume.name.as_str(), volume.point_interval_ms), ("v", 5_000));
         assert_eq!(volume.policy, "", "as the configuration says");
+        assert_eq!(catalogue.open_views().unwrap(), [], "views of then ended with their daemon");
+        assert_eq!(catalogue.is_closed(ViewId::from_bytes([0; 16])).unwrap(), Some(true));
         volume.policy = String::new();
         catalogue.put_volume(&volume).unwrap();
     }
-    Connection::open(&file).unwrap().pragma_update(None, "user_version", 3).unwrap();
-    assert!(matches!(SqliteCatalogue::open(&file), Err(CatalogueError::Newer(3))));
+    Connection::open(&file).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    assert!(matches!(SqliteCatalogue::open(&file), Err(CatalogueError::Newer(99))));
+}
+
+#[test]
+fn a_view_is_known_until_it_is_closed_and_may_lose_its_device() {
+    let (dir, mut catalogue) = fresh();
+    let mut view = ViewRow {
+        view: ViewId::random(),
+        volume: VolumeId::random(),
+        lsn: at(3, 1042),
+        opened: WallTime::from_nanos(9),
+        open_micros: 3120,
+        time: WallTime::from_nanos(7),
+        point: Some(PointId::new(12)),
+        size: VolumeSize::new(1 << 20).unwrap(),
+        export: VolumeName::new("pgdata").unwrap(),
+        read_only: true,
+        scratch_bytes: 4096,
+        tls_address: Some("192.0.2.7:10809".into()),
+        device: Some("/dev/ublkb3".into()),
+        device_lost: None,
+    };
+    let other = ViewRow {
+        view: ViewId::random(),
+        opened: WallTime::from_nanos(10),
+        point: None,
+        tls_address: None,
+        device: None,
+        read_only: false,
+        ..view.clone()
+    };
+    for row in [&other, &view] {
+        catalogue.put_view(row).unwrap();
+    }
+    (view.device, view.device_lost) = (None, Some("taken away".into()));
+    catalogue.put_view(&view).unwrap();
+    drop(catalogue);
+    let mut catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
+    assert_eq!(catalogue.open_views().unwrap(), [view.clone(), other.clone()]);
+    assert_eq!(catalogue.is_closed(other.view).unwrap(), Some(false));
+    assert_eq!(catalogue.is_closed(ViewId::random()).unwrap(), None);
+    catalogue.close_view(other.view, WallTime::from_nanos(11), "fine").unwrap();
+    assert_eq!(catalogue.is_closed(other.view).unwrap(), Some(true));
+    assert_eq!(catalogue.open_views().unwrap(), [view]);
 }
 
 #[test]

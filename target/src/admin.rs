@@ -163,6 +163,15 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
             replica.send(Work::Scrub { bytes: upkeep::SLOWEST_SCRUB, begin: true }).await;
             Ok(TargetReply::Done)
         }
+        TargetRequest::FlattenView(request) => {
+            let shared = Arc::clone(daemon);
+            let begun = blocking(daemon, move |_| views::flatten(&shared, &request));
+            begun.await.map(|()| TargetReply::Done)
+        }
+        TargetRequest::StopFlatten { view } => {
+            let stopped = blocking(daemon, move |d| views::stop_flatten(d, view));
+            stopped.await.map(|()| TargetReply::Done)
+        }
         TargetRequest::Events { limit } => {
             let limit = if limit == 0 { MAX_EVENTS } else { limit.min(MAX_EVENTS) };
             blocking(daemon, move |d| events(d, limit)).await.map(TargetReply::Events)

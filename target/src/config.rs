@@ -35,6 +35,8 @@ pub struct Config {
     pub scrub_every: Millis,
     /// How fast, for each volume, while it has nothing else to do; 0 is never.
     pub scrub_rate: ByteRate,
+    /// How fast a view is copied when it is flattened; 0 is no limit.
+    pub flatten_rate: ByteRate,
     /// Limits of everything a peer can make grow.
     pub limits: Limits,
     /// Retention policies by name, besides the built-in ones.
@@ -82,6 +84,7 @@ impl Default for Config {
             rpo_target: Millis::from_secs(30),
             scrub_every: "7d".parse().unwrap_or_default(),
             scrub_rate: "32MiB/s".parse().unwrap_or_default(),
+            flatten_rate: "128MiB/s".parse().unwrap_or_default(),
             limits: Limits::default(),
             policies: BTreeMap::new(),
         }

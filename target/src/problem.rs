@@ -2,10 +2,14 @@
 //! enrolment, 65xx
 //! the daemon and its volumes, 66xx points and views.
 
+mod views;
+
 use std::fmt::Display;
 use std::path::Path;
 
-use farshore_extent::{Generation, Problem, ViewId, VolumeName, VolumeSize};
+use farshore_extent::{Generation, Problem, VolumeName, VolumeSize};
+
+pub use views::*;
 
 /// FS-5001: a message other than `Enroll` without a certificate.
 #[must_use]
@@ -452,122 +456,4 @@ pub fn not_tagged(why: impl Into<String>) -> Problem {
         why,
         "farshore status shows the state of the volumes; try again when they are protected",
     )
-}
-
-/// FS-6610: a view that is open cannot be served now.
-#[must_use]
-pub fn view_not_served(view: &str, scratch: &Path, why: &Problem) -> Problem {
-    Problem::harmless(
-        6610,
-        format!("{view} is open and not served"),
-        format!("{}: {}", why.what, why.why),
-        format!(
-            "{}; it is tried again every 10 seconds. farshore failover cleanup gives it up, with \
-             its writes",
-            why.next
-        ),
-    )
-    .with_risk(format!(
-        "its clients cannot read or write; what was written to it stays in {}",
-        scratch.display()
-    ))
-}
-
-/// Why a view is not served just after a start; FS-6610 tells it.
-#[must_use]
-pub fn view_being_opened() -> Problem {
-    Problem::harmless(
-        6610,
-        "the daemon has just started",
-        "the view is being opened again",
-        "wait a moment",
-    )
-}
-
-/// Why a view is not served; FS-6610 tells it.
-#[must_use]
-pub fn bad_scratch(scratch: &Path, why: &dyn Display) -> Problem {
-    Problem::harmless(
-        6610,
-        format!("its scratch {} cannot be used", scratch.display()),
-        why.to_string(),
-        "check the disk under it, and bring the files back from a copy if there is one",
-    )
-}
-
-/// FS-6611: a scratch of a view that the catalogue does not know.
-#[must_use]
-pub fn stray_scratch(scratch: &Path) -> Problem {
-    Problem::harmless(
-        6611,
-        format!("{} is the scratch of a view that nobody knows; it is kept", scratch.display()),
-        "the catalogue is older than this view, or the volume is gone",
-        "bring the newer catalogue back, or remove the folder when its writes are not needed",
-    )
-}
-
-/// FS-6613: a sync of a view's scratch has failed.
-#[must_use]
-pub fn scratch_failed(view: &str, why: &dyn Display) -> Problem {
-    Problem::harmless(
-        6613,
-        format!("{view} takes no more writes: its scratch could not be made durable"),
-        why.to_string(),
-        "check the disk under the target's data and the kernel's log, then restart the target: the \
-         view is served again as of its last good flush",
-    )
-    .with_risk("what was written to it since its last good flush may be lost; it can be read")
-}
-
-/// FS-6614: a view has not much room left.
-#[must_use]
-pub fn scratch_nearly_full(view: &str, used: u64, quota: u64) -> Problem {
-    Problem::harmless(
-        6614,
-        format!("the scratch of {view} is nearly full"),
-        format!("{used} of {quota} bytes are written to it"),
-        "copy what you need, or flatten it: farshore failover flatten; or open the point again with \
-         a larger --scratch",
-    )
-    .with_risk("when it is full its clients get \"no space\"; replication goes on")
-}
-
-/// FS-6615: a view has no room left.
-#[must_use]
-pub fn scratch_full(view: &str, quota: u64) -> Problem {
-    Problem::harmless(
-        6615,
-        format!("the scratch of {view} is full"),
-        format!("it may take {quota} bytes"),
-        "copy what you need, or flatten it: farshore failover flatten; or open the point again with \
-         a larger --scratch",
-    )
-    .with_risk("its clients get \"no space\" and can read; replication goes on")
-}
-
-/// FS-6616: the disk of the target has no room for views.
-#[must_use]
-pub fn no_room_for_views(view: &str) -> Problem {
-    Problem::harmless(
-        6616,
-        format!("{view} takes no new writes: the disk of the target is nearly full"),
-        "what is left is for the journals (limits.view_reserve in target.toml)",
-        "free space on it, or close views: farshore failover cleanup",
-    )
-    .with_risk("its clients get \"no space\" and can read; replication goes on")
-}
-
-/// FS-6617: a view keeps much journal from expiring.
-#[must_use]
-pub fn view_holds_journal(view: &str, id: ViewId, bytes: u64) -> Problem {
-    Problem::harmless(
-        6617,
-        format!("{view} keeps journal that has expired"),
-        format!("{bytes} bytes cannot go while a view shows such an old point"),
-        format!(
-            "close it: farshore failover cleanup {id}; or make it independent of the journal: \
-             farshore failover flatten {id} --to FILE"
-        ),
-    )
-    .with_risk("the journal grows until the disk of the target is full")
 }

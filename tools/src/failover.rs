@@ -1,8 +1,14 @@
-//! `farshore failover test|cleanup|list`: a point as a disk, and away with it.
+//! `farshore failover test|flatten|cleanup|list`: a point as a disk, an image of its own, and away
+//! with it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Subcommand;
 use farshore_extent::{Problem, ViewId, VolumeName, WallTime};
-use farshore_protocol::admin::{OpenView, TargetReply, TargetRequest, ViewInfo};
+use farshore_protocol::admin::{
+    FlattenState, FlattenView, OpenView, TargetReply, TargetRequest, ViewInfo,
+};
 use farshore_protocol::paths::Paths;
 
 use crate::args::{Global, bytes, volume_name};
@@ -10,6 +16,9 @@ use crate::exit::{Exit, Failure};
 use crate::output::{Out, table};
 use crate::rpc::{self, Role};
 use crate::{choose, units};
+
+/// Between two looks at a copy that is waited for.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Version of the document.
 const SCHEMA: &str = "farshore.views/1";
@@ -46,6 +55,27 @@ pub enum FailoverCommand {
         #[arg(long, default_value = "")]
         note: String,
     },
+    /// Copy what a view shows into an image of its own, verify it, and let the view go on in it:
+    /// nothing of the replica is needed for it then
+    Flatten {
+        /// The view or its volume; may be left out when only one is open
+        view: Option<String>,
+        /// A file that does not exist yet, or a block device that nobody uses, on the target host
+        #[arg(long, value_name = "FILE|DEVICE", required_unless_present = "stop")]
+        to: Option<PathBuf>,
+        /// Replace what lies there
+        #[arg(long)]
+        force: bool,
+        /// At most so many bytes a second; as the target's configuration says if not given
+        #[arg(long, value_name = "SIZE", value_parser = bytes)]
+        rate: Option<u64>,
+        /// Wait for its end
+        #[arg(long)]
+        wait: bool,
+        /// Stop it; started again with the same --to it goes on
+        #[arg(long, conflicts_with_all = ["to", "wait", "force", "rate"])]
+        stop: bool,
+    },
     /// Points that are open
     List,
 }
@@ -64,6 +94,19 @@ pub fn run(command: &FailoverCommand, global: &Global, out: &Out) -> Result<Exit
             test(request, global, out)
         }
         FailoverCommand::Cleanup { view, note } => cleanup(view.as_deref(), note, global, out),
+        FailoverCommand::Flatten { view, to, force, rate, wait, stop } => {
+            let paths = global.paths();
+            let view = one(views(&paths)?, view.as_deref())?;
+            if *stop {
+                return stop_flatten(&view, global, out);
+            }
+            let to = std::path::absolute(to.as_deref().unwrap_or(Path::new("")));
+            let to =
+                to.map_err(|e| Problem::harmless(6621, "--to is no path", e.to_string(), ""))?;
+            let bytes_per_second = rate.unwrap_or(0);
+            let request = FlattenView { view: view.view, to, force: *force, bytes_per_second };
+            flatten(&view, request, *wait, global, out)
+        }
         FailoverCommand::List => {
             let views = views(&global.paths())?;
             if out.json {
@@ -167,7 +210,12 @@ fn text(views: &[ViewInfo], now: WallTime) -> String {
         ]
     };
     let head = head.map(str::to_owned).to_vec();
-    table(&std::iter::once(head).chain(views.iter().map(row)).collect::<Vec<_>>())
+    let mut text = table(&std::iter::once(head).chain(views.iter().map(row)).collect::<Vec<_>>());
+    let remarks: Vec<String> = views.iter().flat_map(remarks).collect();
+    if !remarks.is_empty() {
+        text.push_str(&format!("\n{}\n", remarks.join("\n")));
+    }
+    text
 }
 
 fn location(view: &ViewInfo) -> String {
@@ -203,6 +251,113 @@ fn chosen(views: Vec<ViewInfo>, word: Option<&str>) -> Result<Vec<ViewInfo>, Pro
         ));
     }
     Ok(found)
+}
+
+/// The one view that a word means.
+fn one(views: Vec<ViewInfo>, word: Option<&str>) -> Result<ViewInfo, Problem> {
+    let found = chosen(views, word)?;
+    let count = found.len();
+    let [view] = <[ViewInfo; 1]>::try_from(found).map_err(|_| {
+        Problem::harmless(
+            1909,
+            format!("{count} views are meant; say which one"),
+            "only one view is flattened at a time",
+            "farshore failover list",
+        )
+    })?;
+    Ok(view)
+}
+
+fn flatten(
+    view: &ViewInfo,
+    request: FlattenView,
+    wait: bool,
+    global: &Global,
+    out: &Out,
+) -> Result<Exit, Failure> {
+    let (volume, point, to) = (&view.volume, place(view), request.to.display().to_string());
+    if global.dry_run {
+        out.line(format!("would copy the view of {volume} at {point} into {to}, and verify it"));
+        return Ok(Exit::Ok);
+    }
+    let paths = global.paths();
+    rpc::target(&paths, &TargetRequest::FlattenView(request))?;
+    if !wait {
+        out.line(format!("the view of {volume} at {point} is being copied into {to}"));
+        out.hint("how far it is:  farshore failover list");
+        return Ok(Exit::Ok);
+    }
+    let of_it = |views: Vec<ViewInfo>| views.into_iter().find(|found| found.view == view.view);
+    loop {
+        let Some(now) = of_it(views(&paths)?) else {
+            return Err(Problem::harmless(
+                6602,
+                format!("the view of {volume} was closed"),
+                "somebody has closed it while it was copied",
+                "farshore failover list",
+            )
+            .into());
+        };
+        if let Some(image) = &now.image {
+            if out.json {
+                out.document(SCHEMA, "views", &[&now]);
+            } else {
+                out.line(format!("copied and verified: {}", image.display()));
+            }
+            return Ok(Exit::Ok);
+        }
+        let running = now.flatten.as_ref().is_some_and(|f| f.state == FlattenState::Running);
+        if !running {
+            let failed = now.problems.into_iter().find(|p| (6620..6630).contains(&p.code.0));
+            return Err(failed.unwrap_or_else(|| stopped(volume)).into());
+        }
+        #[allow(clippy::disallowed_methods)] // between two looks; nobody tells us of the end
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn stopped(volume: &VolumeName) -> Problem {
+    Problem::harmless(
+        6625,
+        format!("the view of {volume} is not flattened: that was stopped"),
+        "somebody has stopped it",
+        "the same command again goes on",
+    )
+}
+
+fn stop_flatten(view: &ViewInfo, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    if global.dry_run {
+        out.line(format!("would stop to flatten the view of {}", view.volume));
+        return Ok(Exit::Ok);
+    }
+    rpc::target(&global.paths(), &TargetRequest::StopFlatten { view: view.view })?;
+    out.line(format!("stopped to flatten the view of {}; it is as it was", view.volume));
+    Ok(Exit::Ok)
+}
+
+/// What a person should know of a view besides its line.
+fn remarks(view: &ViewInfo) -> Vec<String> {
+    let name = format!("{} at {}", view.volume, place(view));
+    let mut all = Vec::new();
+    if let Some(image) = &view.image {
+        all.push(format!("{name}: flattened, in {}", image.display()));
+    }
+    if let Some(flatten) = &view.flatten {
+        let left = flatten.to_copy_bytes;
+        let done = units::bytes(flatten.total_bytes.saturating_sub(left));
+        let all_bytes = units::bytes(flatten.total_bytes);
+        let doing = match flatten.state {
+            FlattenState::Running if left == 0 => "is verified:",
+            FlattenState::Running => "is flattened:",
+            FlattenState::Stopped => "is not flattened, that was stopped:",
+            FlattenState::Failed => "is not flattened:",
+        };
+        let to = flatten.to.display();
+        all.push(format!("{name} {doing} {done} of {all_bytes} in {to}"));
+    }
+    let problem = |p: &Problem| format!("{} {}: {}\n  {}", p.code, p.what, p.why, p.next);
+    all.extend(view.problems.iter().map(problem));
+    all
 }
 
 fn cleanup(word: Option<&str>, note: &str, global: &Global, out: &Out) -> Result<Exit, Failure> {
@@ -253,6 +408,8 @@ mod tests {
             device: Some("/dev/ublkb3".into()),
             device_lost: None,
             read_only: false,
+            image: None,
+            flatten: None,
             problems: Vec::new(),
         }
     }

@@ -91,6 +91,53 @@ pub enum TargetRequest {
         /// Which.
         volume: VolumeName,
     },
+    /// Make a view an image of its own, in the background.
+    FlattenView(FlattenView),
+    /// Stop doing so; asked for again, it goes on.
+    StopFlatten {
+        /// Which view.
+        view: ViewId,
+    },
+}
+
+/// Make a view an image of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlattenView {
+    /// Which view.
+    pub view: ViewId,
+    /// A file or a block device of the target host; an absolute path.
+    pub to: PathBuf,
+    /// Replace whatever lies there.
+    pub force: bool,
+    /// At most so many bytes a second; 0: as the target's configuration says.
+    pub bytes_per_second: u64,
+}
+
+/// What becomes of a view that is to be an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FlattenState {
+    /// It is being copied and verified.
+    Running,
+    /// Somebody has stopped that.
+    Stopped,
+    /// It cannot go on by itself; the problems of the view say why.
+    Failed,
+}
+
+/// A view that is to be an image, and is not yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlattenInfo {
+    /// The image.
+    pub to: PathBuf,
+    /// What becomes of it.
+    pub state: FlattenState,
+    /// Bytes of the view.
+    pub total_bytes: u64,
+    /// Bytes of it that are still to be copied. Grows when they are written again.
+    pub to_copy_bytes: u64,
+    /// Bytes that are copied and were not read back yet.
+    pub to_verify_bytes: u64,
 }
 
 /// Another retention policy for a volume.
@@ -261,6 +308,10 @@ pub struct ViewInfo {
     pub device_lost: Option<String>,
     /// Nothing can be written to it.
     pub read_only: bool,
+    /// It consists of this image or device only; nothing of the replica is needed for it.
+    pub image: Option<PathBuf>,
+    /// It is to become one.
+    pub flatten: Option<FlattenInfo>,
     /// What is wrong with it, each with its code; empty when all is well.
     pub problems: Vec<farshore_extent::Problem>,
 }

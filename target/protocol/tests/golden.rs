@@ -14,9 +14,10 @@ use farshore_extent::{
     PointKind, Problem, Seq, ViewId, VolumeId, VolumeName, VolumeSize, WallTime,
 };
 use farshore_protocol::admin::{
-    AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, HostInfo, MergedPoints,
-    OpenView, PointChoice, PointInfo, PolicyInfo, PolicyReport, ReplicaStatus, SetPolicy,
-    SpoolInfo, SpoolLevel, TargetReply, TargetRequest, TierReport, ViewInfo,
+    AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, FlattenInfo, FlattenState,
+    FlattenView, HostInfo, MergedPoints, OpenView, PointChoice, PointInfo, PolicyInfo,
+    PolicyReport, ReplicaStatus, SetPolicy, SpoolInfo, SpoolLevel, TargetReply, TargetRequest,
+    TierReport, ViewInfo,
 };
 use farshore_protocol::message::{
     FromAgent, FromTarget, OpenVolume, Opened, Verdict, VolumeReport,
@@ -217,6 +218,13 @@ fn target_request() -> Vec<TargetRequest> {
             preview: true,
         }),
         TargetRequest::Scrub { volume: name() },
+        TargetRequest::FlattenView(FlattenView {
+            view: view(),
+            to: "/srv/shop.img".into(),
+            force: true,
+            bytes_per_second: 1 << 20,
+        }),
+        TargetRequest::StopFlatten { view: view() },
     ]
 }
 
@@ -244,6 +252,8 @@ const fn target_request_name(request: &TargetRequest) -> &'static str {
         TargetRequest::Policy { .. } => "policy",
         TargetRequest::SetPolicy(_) => "set-policy",
         TargetRequest::Scrub { .. } => "scrub",
+        TargetRequest::FlattenView(_) => "flatten-view",
+        TargetRequest::StopFlatten { .. } => "stop-flatten",
     }
 }
 
@@ -277,7 +287,15 @@ fn view_info() -> ViewInfo {
         device: Some("/dev/ublkb3".into()),
         device_lost: Some("another program stopped the device".into()),
         read_only: false,
-        problems: Vec::new(),
+        image: Some("/srv/shop.img".into()),
+        flatten: Some(FlattenInfo {
+            to: "/srv/other.img".into(),
+            state: FlattenState::Stopped,
+            total_bytes: 1 << 30,
+            to_copy_bytes: 1 << 20,
+            to_verify_bytes: 4096,
+        }),
+        problems: vec![problem()],
     }
 }
 

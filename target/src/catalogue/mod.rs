@@ -185,6 +185,23 @@ pub struct ViewRow {
     pub device: Option<PathBuf>,
     /// Why it has none any more.
     pub device_lost: Option<String>,
+    /// It consists of this image or device, and of nothing of the store.
+    pub image: Option<PathBuf>,
+    /// It is being made an image, or was and is not yet.
+    pub flatten: Option<FlattenRow>,
+}
+
+/// A view that is to become an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlattenRow {
+    /// The image, or the device.
+    pub to: PathBuf,
+    /// Bytes a second; 0 is no limit.
+    pub rate: u64,
+    /// Whatever lies there is replaced.
+    pub force: bool,
+    /// Why nobody is at it: the code of a problem, or 0 when it was stopped by hand, and the reason.
+    pub ended: Option<(u16, String)>,
 }
 
 /// What the daemon remembers besides the journals. Every change is durable when the method

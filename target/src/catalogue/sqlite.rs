@@ -14,8 +14,8 @@ use farshore_extent::{
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{
-    Age, Catalogue, CatalogueError, EventRow, HostRow, NewPoint, PointRow, PointSummary, Scrub,
-    ViewRow, VolumeRow, Wanted,
+    Age, Catalogue, CatalogueError, EventRow, FlattenRow, HostRow, NewPoint, PointRow,
+    PointSummary, Scrub, ViewRow, VolumeRow, Wanted,
 };
 
 const VERSION: i64 = 3;
@@ -42,7 +42,8 @@ CREATE TABLE views (
   view BLOB PRIMARY KEY, volume BLOB NOT NULL, lsn BLOB NOT NULL, opened INTEGER NOT NULL,
   open_micros INTEGER NOT NULL, closed INTEGER, note TEXT, time INTEGER, point INTEGER,
   size INTEGER, export TEXT, read_only INTEGER, scratch_bytes INTEGER, tls_address TEXT,
-  device TEXT, device_lost TEXT) STRICT;
+  device TEXT, device_lost TEXT, image TEXT, flatten_to TEXT, flatten_rate INTEGER,
+  flatten_force INTEGER, flatten_code INTEGER, flatten_why TEXT) STRICT;
 CREATE TABLE events (
   event INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, code INTEGER NOT NULL,
   volume TEXT, text TEXT NOT NULL) STRICT;
@@ -66,6 +67,12 @@ ALTER TABLE views ADD COLUMN scratch_bytes INTEGER;
 ALTER TABLE views ADD COLUMN tls_address TEXT;
 ALTER TABLE views ADD COLUMN device TEXT;
 ALTER TABLE views ADD COLUMN device_lost TEXT;
+ALTER TABLE views ADD COLUMN image TEXT;
+ALTER TABLE views ADD COLUMN flatten_to TEXT;
+ALTER TABLE views ADD COLUMN flatten_rate INTEGER;
+ALTER TABLE views ADD COLUMN flatten_force INTEGER;
+ALTER TABLE views ADD COLUMN flatten_code INTEGER;
+ALTER TABLE views ADD COLUMN flatten_why TEXT;
 PRAGMA user_version = 3;
 ";
 
@@ -191,7 +198,18 @@ fn point_row(row: &Columns<'_, '_>) -> Result<PointRow, CatalogueError> {
 
 fn view_row(row: &Columns<'_, '_>) -> Result<ViewRow, CatalogueError> {
     let point: Option<i64> = row.0.get("point")?;
-    let device: Option<String> = row.0.get("device")?;
+    let path =
+        |name| Ok::<_, CatalogueError>(row.0.get::<_, Option<String>>(name)?.map(PathBuf::from));
+    let why: Option<String> = row.0.get("flatten_why")?;
+    let ended = why.map(|why| Ok::<_, CatalogueError>((row.0.get("flatten_code")?, why)));
+    let flatten = path("flatten_to")?.map(|to| {
+        Ok::<_, CatalogueError>(FlattenRow {
+            to,
+            rate: row.unsigned("flatten_rate")?,
+            force: row.int("flatten_force")? != 0,
+            ended: ended.transpose()?,
+        })
+    });
     Ok(ViewRow {
         view: ViewId::from_bytes(row.bytes("view")?),
         volume: VolumeId::from_bytes(row.bytes("volume")?),
@@ -205,8 +223,10 @@ fn view_row(row: &Columns<'_, '_>) -> Result<ViewRow, CatalogueError> {
         read_only: row.int("read_only")? != 0,
         scratch_bytes: row.unsigned("scratch_bytes")?,
         tls_address: row.0.get("tls_address")?,
-        device: device.map(PathBuf::from),
+        device: path("device")?,
         device_lost: row.0.get("device_lost")?,
+        image: path("image")?,
+        flatten: flatten.transpose()?,
     })
 }
 
@@ -438,10 +458,17 @@ impl Catalogue for SqliteCatalogue {
 
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError> {
         let sql = "INSERT INTO views (view, volume, lsn, opened, open_micros, time, point, size,
-               export, read_only, scratch_bytes, tls_address, device, device_lost)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+               export, read_only, scratch_bytes, tls_address, device, device_lost, image,
+               flatten_to, flatten_rate, flatten_force, flatten_code, flatten_why)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
              ON CONFLICT (view) DO UPDATE SET tls_address = excluded.tls_address,
-               device = excluded.device, device_lost = excluded.device_lost";
+               device = excluded.device, device_lost = excluded.device_lost,
+               image = excluded.image, flatten_to = excluded.flatten_to,
+               flatten_rate = excluded.flatten_rate, flatten_force = excluded.flatten_force,
+               flatten_code = excluded.flatten_code, flatten_why = excluded.flatten_why";
+        let text = |path: &PathBuf| path.display().to_string();
+        let flatten = view.flatten.as_ref();
+        let ended = flatten.and_then(|flatten| flatten.ended.as_ref());
         self.db.execute(
             sql,
             params![
@@ -457,8 +484,14 @@ impl Catalogue for SqliteCatalogue {
                 view.read_only,
                 signed(view.scratch_bytes)?,
                 view.tls_address,
-                view.device.as_ref().map(|path| path.display().to_string()),
+                view.device.as_ref().map(text),
                 view.device_lost,
+                view.image.as_ref().map(text),
+                flatten.map(|flatten| text(&flatten.to)),
+                flatten.map(|flatten| signed(flatten.rate)).transpose()?,
+                flatten.map(|flatten| flatten.force),
+                ended.map(|(code, _)| code),
+                ended.map(|(_, why)| why),
             ],
         )?;
         Ok(())

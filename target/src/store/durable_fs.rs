@@ -181,7 +181,7 @@ impl DiskFile for RealFile {
 }
 
 /// The hole or data that begins at the start of `extent`.
-pub(super) fn stretch(file: &File, extent: Extent) -> io::Result<Stretch> {
+pub(crate) fn stretch(file: &File, extent: Extent) -> io::Result<Stretch> {
     let from = signed(extent.offset())?;
     let data = match lseek(file, from, Whence::SeekData) {
         Ok(at) => u64::try_from(at).unwrap_or(extent.end()),

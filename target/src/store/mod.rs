@@ -60,6 +60,7 @@ pub use compare::{Compared, Defect};
 pub use copy_out::{Copied, CopyError, ImageSink, copy_out};
 pub use disk::{ALIGN, AlignedBuf, Disk, DiskFile, FileKind, Stretch};
 pub use durable_fs::FileDisk;
+pub(crate) use durable_fs::stretch;
 pub use error::{AppendError, ReadError, StoreError, ViewError};
 pub use expire::{ExpireProgress, Held};
 pub use faults::Faults;

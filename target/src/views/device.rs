@@ -5,7 +5,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use farshore_blkfilter::device::{
     Allocation, Completion, Device, DeviceError, DeviceInfo, MAX_PAYLOAD, Queue, Request, Slot,
@@ -14,10 +15,15 @@ use farshore_blkfilter::device::{
 use farshore_extent::{BlockSizes, Extent, VolumeSize};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::flatten::{Image, Mirror, Source};
 use super::scratch::{Place, Scratch, ScratchError};
 
 /// Most bytes of reserved slots of one queue: the largest client request (32 MiB) fits twice.
 const QUEUE_BYTES: usize = 64 << 20;
+/// A view counts as full for so long after a write was refused: what overwrites is still taken.
+const LATELY: Duration = Duration::from_secs(60);
+/// Pieces of a view that are looked at together while it is flattened.
+const MAX_PIECES: usize = 1 << 12;
 /// Idle buffers that a queue keeps.
 const SPARES: usize = 32;
 
@@ -28,10 +34,6 @@ pub(crate) struct PointReadError(pub(crate) String);
 
 /// The bytes of a recovery point: the store's reader, or a test's.
 pub(crate) trait PointBytes: Send + Sync + 'static {
-    /// Size of the volume at the point.
-    fn size(&self) -> VolumeSize;
-    /// Its block sizes.
-    fn blocks(&self) -> BlockSizes;
     /// Fills `out` with the bytes from `offset` on.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError>;
     /// Which parts of `extent` read as zero without anything stored, in consecutive pieces that
@@ -51,13 +53,26 @@ pub(super) enum Refused {
     Disk,
 }
 
+/// What a view consists of.
+pub(super) enum Backing {
+    /// The recovery point, and over it what was written to the view.
+    Layers { point: Box<dyn PointBytes>, scratch: Box<Scratch> },
+    /// All of it in one place, when it was flattened.
+    Image(Arc<Image>),
+}
+
 /// See the module.
 pub(crate) struct ViewDevice {
     name: String,
-    point: Box<dyn PointBytes>,
-    scratch: Scratch,
+    size: VolumeSize,
+    blocks: BlockSizes,
     read_only: bool,
-    refused: Mutex<Option<Refused>>,
+    backing: RwLock<Backing>,
+    /// Held together by writes under way; alone by who wants none to be.
+    gate: RwLock<()>,
+    /// Hears of every write while the view is flattened.
+    mirror: RwLock<Option<Arc<Mirror>>>,
+    refused: Mutex<Option<(Refused, Instant)>>,
     /// Open queues: connections, and the threads of a block device.
     queues: AtomicUsize,
 }
@@ -65,27 +80,60 @@ pub(crate) struct ViewDevice {
 impl ViewDevice {
     pub(super) fn new(
         name: String,
-        point: Box<dyn PointBytes>,
-        scratch: Scratch,
+        (size, blocks): (VolumeSize, BlockSizes),
+        backing: Backing,
         read_only: bool,
     ) -> Self {
-        let (refused, queues) = (Mutex::default(), AtomicUsize::new(0));
-        Self { name, point, scratch, read_only, refused, queues }
+        Self {
+            name,
+            size,
+            blocks,
+            read_only,
+            backing: RwLock::new(backing),
+            gate: RwLock::default(),
+            mirror: RwLock::default(),
+            refused: Mutex::default(),
+            queues: AtomicUsize::new(0),
+        }
+    }
+
+    fn backing(&self) -> RwLockReadGuard<'_, Backing> {
+        self.backing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes written to the view.
     pub(super) fn used(&self) -> u64 {
-        self.scratch.used()
+        match &*self.backing() {
+            Backing::Layers { scratch, .. } => scratch.used(),
+            Backing::Image(_) => 0,
+        }
     }
 
-    /// Why the last write that needed new space was refused; none when it was not.
+    /// Why a write was refused lately; none when none was.
     pub(super) fn refused(&self) -> Option<Refused> {
-        *self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+        let last = *self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        last.filter(|(_, when)| when.elapsed() < LATELY).map(|(why, _)| why)
     }
 
-    /// Why it takes no more writes, if its scratch has failed.
-    pub(super) fn failed(&self) -> Option<&str> {
-        self.scratch.failed()
+    /// Why it takes no more writes, if a flush has failed.
+    pub(super) fn failed(&self) -> Option<String> {
+        match &*self.backing() {
+            Backing::Layers { scratch, .. } => scratch.failed().map(str::to_owned),
+            Backing::Image(image) => image.failed().map(str::to_owned),
+        }
+    }
+
+    /// Tells `mirror` of every write from now on.
+    pub(super) fn set_mirror(&self, mirror: Option<Arc<Mirror>>) {
+        *self.mirror.write().unwrap_or_else(PoisonError::into_inner) = mirror;
+    }
+
+    /// Consists of `image` from now on, which holds what the view shows.
+    pub(super) fn become_image(&self, image: Arc<Image>) {
+        let mut backing = self.backing.write().unwrap_or_else(PoisonError::into_inner);
+        let layers = std::mem::replace(&mut *backing, Backing::Image(image));
+        drop(backing);
+        drop(layers);
     }
 
     /// Whether anybody is connected to it.
@@ -94,56 +142,111 @@ impl ViewDevice {
     }
 
     fn read(&self, extent: Extent, out: &mut [u8]) -> Result<(), DeviceError> {
-        for (piece, place) in self.scratch.places(extent) {
-            let (from, to) =
-                (index(piece.offset() - extent.offset()), index(piece.end() - extent.offset()));
-            let out = out.get_mut(from..to).ok_or(DeviceError::Invalid)?;
-            let read = match place {
-                Place::Zero => {
-                    out.fill(0);
-                    Ok(())
-                }
-                Place::Scratch => self
-                    .scratch
-                    .read(piece.offset(), out)
-                    .map_err(|e| PointReadError(e.to_string())),
-                Place::Point => self.point.read(piece.offset(), out),
-            };
-            if let Err(error) = read {
-                tracing::error!(view = self.name, %piece, %error, "a view cannot be read");
-                return Err(DeviceError::Io);
-            }
-        }
-        Ok(())
+        Source::read(self, extent.offset(), out).map_err(|error| {
+            tracing::error!(view = self.name, %extent, error, "a view cannot be read");
+            DeviceError::Io
+        })
     }
 
     fn write(&self, extent: Extent, bytes: &[u8], fua: bool) -> Result<(), DeviceError> {
-        self.taken(self.scratch.write(extent, bytes))?;
-        if fua { self.flush() } else { Ok(()) }
+        let write = |backing: &Backing| match backing {
+            Backing::Layers { scratch, .. } => scratch.write(extent, bytes),
+            Backing::Image(image) => Ok(image.write(extent.offset(), bytes)?),
+        };
+        self.change(extent, fua, write)
     }
 
     fn zero(&self, extent: Extent, fua: bool) -> Result<(), DeviceError> {
-        self.taken(self.scratch.zero(extent))?;
+        let zero = |backing: &Backing| match backing {
+            Backing::Layers { scratch, .. } => scratch.zero(extent),
+            Backing::Image(image) => Ok(image.zero(extent)?),
+        };
+        self.change(extent, fua, zero)
+    }
+
+    fn change(
+        &self,
+        extent: Extent,
+        fua: bool,
+        change: impl FnOnce(&Backing) -> Result<(), ScratchError>,
+    ) -> Result<(), DeviceError> {
+        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let changed = change(&self.backing());
+        // Also when it has failed: a part of it may be there.
+        if let Some(mirror) = &*self.mirror.read().unwrap_or_else(PoisonError::into_inner) {
+            mirror.touch(extent);
+        }
+        drop(gate);
+        self.taken(changed)?;
         if fua { self.flush() } else { Ok(()) }
     }
 
     /// Everything written is durable afterwards.
     pub(super) fn flush(&self) -> Result<(), DeviceError> {
-        if self.read_only { Ok(()) } else { self.taken(self.scratch.flush()) }
+        if self.read_only {
+            return Ok(());
+        }
+        let flushed = match &*self.backing() {
+            Backing::Layers { scratch, .. } => scratch.flush(),
+            Backing::Image(image) => image.sync().map_err(ScratchError::from),
+        };
+        self.taken(flushed)
     }
 
     fn taken(&self, written: Result<(), ScratchError>) -> Result<(), DeviceError> {
         let (error, why) = match written {
-            Ok(()) => (None, None),
-            Err(ScratchError::Full) => (Some(DeviceError::NoSpace), Some(Refused::Quota)),
-            Err(ScratchError::DiskFull) => (Some(DeviceError::NoSpace), Some(Refused::Disk)),
-            Err(ScratchError::Io(ref error)) => {
+            Ok(()) => return Ok(()),
+            Err(ScratchError::Full) => (DeviceError::NoSpace, Refused::Quota),
+            Err(ScratchError::DiskFull) => (DeviceError::NoSpace, Refused::Disk),
+            Err(ScratchError::Io(error)) => {
                 tracing::warn!(view = self.name, %error, "a write to a view failed");
-                (Some(DeviceError::Io), None)
+                return Err(DeviceError::Io);
             }
         };
-        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = why;
-        error.map_or(Ok(()), Err)
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        *refused = Some((why, Instant::now()));
+        Err(error)
+    }
+}
+
+impl Source for ViewDevice {
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), String> {
+        let backing = self.backing();
+        let (point, scratch) = match &*backing {
+            Backing::Image(image) => return image.read(offset, out).map_err(|e| e.to_string()),
+            Backing::Layers { point, scratch } => (point, scratch),
+        };
+        let Some(extent) = Extent::between(offset, offset + out.len() as u64) else {
+            return Ok(());
+        };
+        for (piece, place) in scratch.places(extent) {
+            let (from, to) = (index(piece.offset() - offset), index(piece.end() - offset));
+            let Some(out) = out.get_mut(from..to) else { continue };
+            match place {
+                Place::Zero => out.fill(0),
+                Place::Scratch => {
+                    scratch.read(piece.offset(), out).map_err(|e| format!("{piece}: {e}"))?;
+                }
+                Place::Point => {
+                    point.read(piece.offset(), out).map_err(|e| format!("{piece}: {e}"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn zeroes(&self, extent: Extent) -> Vec<(Extent, bool)> {
+        let mut at = extent.offset();
+        let piece = |part: Allocation| {
+            let piece = Extent::between(at, at + part.len)?;
+            at = piece.end();
+            Some((piece, part.zero))
+        };
+        self.allocation(extent, MAX_PIECES).into_iter().filter_map(piece).collect()
+    }
+
+    fn freeze(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -155,8 +258,8 @@ fn index(n: u64) -> usize {
 impl Device for ViewDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
-            size: self.point.size(),
-            blocks: self.point.blocks(),
+            size: self.size,
+            blocks: self.blocks,
             read_only: self.read_only,
             zeroes: true,
             volatile_cache: true,
@@ -164,12 +267,19 @@ impl Device for ViewDevice {
     }
 
     fn allocation(&self, extent: Extent, max: usize) -> Vec<Allocation> {
+        let backing = self.backing();
+        let (point, scratch) = match &*backing {
+            Backing::Layers { point, scratch } => (point, scratch),
+            Backing::Image(_) => {
+                return vec![Allocation { len: extent.len(), hole: false, zero: false }];
+            }
+        };
         let mut found: Vec<Allocation> = Vec::new();
-        for (piece, place) in self.scratch.places(extent) {
+        for (piece, place) in scratch.places(extent) {
             let parts = match place {
                 Place::Scratch => vec![(piece, false)],
                 Place::Zero => vec![(piece, true)],
-                Place::Point => self.point.zeroes(piece, max),
+                Place::Point => point.zeroes(piece, max),
             };
             let covered = parts.last().is_some_and(|(last, _)| last.end() == piece.end());
             for (part, zero) in parts {
@@ -330,15 +440,9 @@ mod tests {
     use crate::store::SimDisk;
     use crate::views::scratch::{Identity, Limits};
 
-    struct Pattern(VolumeSize);
+    struct Pattern;
 
     impl PointBytes for Pattern {
-        fn size(&self) -> VolumeSize {
-            self.0
-        }
-        fn blocks(&self) -> BlockSizes {
-            BlockSizes::E512
-        }
         fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError> {
             if offset == 4096 {
                 return Err(PointReadError("planted".into()));
@@ -359,10 +463,16 @@ mod tests {
         Scratch::create(Arc::new(SimDisk::new(1)), identity, limits).unwrap()
     }
 
+    fn over(scratch: Scratch, read_only: bool) -> ViewDevice {
+        let shape = (VolumeSize::new(1 << 20).unwrap(), BlockSizes::E512);
+        let scratch = Box::new(scratch);
+        let backing = Backing::Layers { point: Box::new(Pattern), scratch };
+        ViewDevice::new("v".into(), shape, backing, read_only)
+    }
+
     fn made(quota: u64, read_only: bool) -> Arc<ViewDevice> {
         let scratch = scratch(quota);
-        let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
-        Arc::new(ViewDevice::new("v".into(), point, scratch, read_only))
+        Arc::new(over(scratch, read_only))
     }
 
     fn view(quota: u64) -> Box<dyn Queue> {
@@ -413,8 +523,7 @@ mod tests {
         let scratch = scratch(1 << 20);
         scratch.write(extent(512, 512), &[1; 512]).unwrap();
         scratch.zero(extent(1024, 512)).unwrap();
-        let point = Box::new(Pattern(VolumeSize::new(1 << 20).unwrap()));
-        let view = ViewDevice::new("v".into(), point, scratch, false);
+        let view = over(scratch, false);
         let map = view.allocation(extent(0, 4096), 10);
         let parts: Vec<_> = map.iter().map(|a| (a.len, a.zero)).collect();
         assert_eq!(parts, [(1024, false), (512, true), (2560, false)]);

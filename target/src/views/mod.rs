@@ -8,6 +8,7 @@
 mod block;
 mod device;
 mod export;
+mod flatten;
 mod open;
 mod scratch;
 mod tend;
@@ -30,6 +31,8 @@ use crate::{clock, durable_fs, problem};
 use block::BlockDevice;
 pub(crate) use block::Mark;
 use device::{Refused, ViewDevice};
+use flatten::Flatten;
+pub(crate) use flatten::{begin as flatten, stop as stop_flatten};
 pub(crate) use open::open;
 use tend::Lost;
 pub(crate) use tend::serve_again;
@@ -51,6 +54,7 @@ struct View {
     told: BTreeSet<u16>,
     /// Its block device was taken away.
     lost: Option<Lost>,
+    flatten: Option<Flatten>,
 }
 
 /// What serves a view.
@@ -63,7 +67,9 @@ struct Serving {
 
 impl View {
     fn new(row: ViewRow, replica: Arc<Replica>, serving: Option<Serving>) -> Self {
-        replica.hold(row.view, row.lsn);
+        if row.image.is_none() {
+            replica.hold(row.view, row.lsn);
+        }
         replica.update(|facts| facts.views += 1);
         let lost = row.device_lost.is_some().then(Lost::new);
         Self {
@@ -74,6 +80,7 @@ impl View {
             retry: Instant::now(),
             told: BTreeSet::new(),
             lost,
+            flatten: None,
         }
     }
 
@@ -96,6 +103,8 @@ impl View {
             scratch_bytes: row.scratch_bytes,
             device: row.device,
             device_lost: row.device_lost,
+            image: row.image,
+            flatten: flatten::info(self),
             read_only: row.read_only,
             problems: self.problems(daemon),
         }
@@ -122,10 +131,12 @@ impl View {
                 None => {}
             }
         }
+        all.extend(flatten::failed(self));
         let facts = self.replica.facts();
         let limits = &daemon.config.limits;
         let long = WallTime::now().since(self.row.opened) > limits.view_hold_time.duration();
-        if self.row.lsn < facts.expired
+        if self.row.image.is_none()
+            && self.row.lsn < facts.expired
             && (facts.held_bytes > limits.view_hold.bytes() || (long && facts.held_bytes > 0))
         {
             all.push(problem::view_holds_journal(&shown, view, facts.held_bytes));
@@ -214,7 +225,14 @@ impl Views {
     /// Ends the exports of all of them; the next daemon serves them again.
     pub(crate) fn end_all(&self) {
         let views = std::mem::take(&mut self.lock().views);
-        views.into_values().filter_map(|view| view.serving).for_each(|s| s.end(true));
+        for mut view in views.into_values() {
+            if let Some(flatten) = view.flatten.take() {
+                flatten.end();
+            }
+            if let Some(serving) = view.serving {
+                serving.end(true);
+            }
+        }
     }
 
     /// Closes a view and drops its scratch; `note` is kept as evidence. Blocks.
@@ -229,6 +247,9 @@ impl Views {
             return Err(problem);
         }
         let info = found.info(daemon);
+        if let Some(flatten) = found.flatten.take() {
+            flatten.end();
+        }
         if let Some(serving) = found.serving.take() {
             serving.end(false);
         }
@@ -238,6 +259,9 @@ impl Views {
             return Err(error.into());
         }
         drop_scratch(&scratch_dir(daemon, view));
+        if let Some(unfinished) = &info.flatten {
+            flatten::drop_unfinished(&unfinished.to, view);
+        }
         found.forget();
         let text = format!(
             "a view of {} was closed, {} bytes written to it",

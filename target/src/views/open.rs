@@ -14,7 +14,8 @@ use tokio::sync::oneshot;
 use tokio_rustls::TlsAcceptor;
 
 use super::block::{BlockDevice, Mark};
-use super::device::{PointBytes, PointReadError, ViewDevice};
+use super::device::{Backing, PointBytes, PointReadError, ViewDevice};
+use super::flatten::{self, Image};
 use super::scratch::{Identity, Limits, Scratch};
 use super::{Serving, View, drop_scratch, export, scratch_dir, sockets};
 use crate::catalogue::{PointRow, ViewRow, Wanted};
@@ -26,14 +27,6 @@ use crate::worker::{Place, Work};
 use crate::{clock, problem};
 
 impl PointBytes for PointReader {
-    fn size(&self) -> VolumeSize {
-        PointReader::size(self)
-    }
-
-    fn blocks(&self) -> BlockSizes {
-        PointReader::blocks(self)
-    }
-
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), PointReadError> {
         self.read_at(out, offset).map_err(|e| PointReadError(e.to_string()))
     }
@@ -84,6 +77,8 @@ pub(crate) async fn open(daemon: &Arc<Daemon>, request: OpenView) -> Result<View
                 tls_address,
                 device: None,
                 device_lost: None,
+                image: None,
+                flatten: None,
             };
             make(d, replica, reader, row, request.device, begun)
         }
@@ -132,7 +127,9 @@ fn make(
         Ok(scratch) => scratch,
         Err(error) => return undo(bad(error)),
     };
-    let (serving, exports) = match serve(daemon, &row, reader, scratch, device) {
+    let shape = (reader.size(), reader.blocks());
+    let layers = Backing::Layers { point: Box::new(reader), scratch: Box::new(scratch) };
+    let (serving, exports) = match serve(daemon, &row, shape, layers, device) {
         Ok(served) => served,
         Err(problem) => return undo(problem),
     };
@@ -158,7 +155,11 @@ fn make(
 pub(super) async fn reopen(daemon: &Arc<Daemon>, view: ViewId) -> Result<(), Problem> {
     let known = daemon.views.lock().views.get(&view).map(|v| (v.row.clone(), v.replica.clone()));
     let (row, replica) = known.ok_or_else(|| problem::no_view(&view))?;
-    let (reader, _) = read(&replica, Place::At(row.lsn)).await?;
+    let reader = match row.image {
+        // Nothing of the store is needed.
+        Some(_) => None,
+        None => Some(read(&replica, Place::At(row.lsn)).await?.0),
+    };
     let tls = match listen_tls(daemon, row.tls_address.as_deref()).await {
         Ok(tls) => tls,
         Err(unable) => {
@@ -167,19 +168,46 @@ pub(super) async fn reopen(daemon: &Arc<Daemon>, view: ViewId) -> Result<(), Pro
             None
         }
     };
-    let exports = blocking(daemon, move |d| make_again(d, row, reader)).await?;
+    let blocks = replica.facts().row.blocks;
+    let exports = blocking(daemon, move |d| make_again(d, row, reader, blocks)).await?;
     begin_tls(daemon, view, tls, exports);
-    Ok(())
+    let shared = Arc::clone(daemon);
+    let resuming = blocking(daemon, move |_| {
+        flatten::resume(&shared, view);
+        Ok(())
+    });
+    resuming.await
 }
 
-fn make_again(daemon: &Daemon, mut row: ViewRow, reader: PointReader) -> Result<Exports, Problem> {
+fn make_again(
+    daemon: &Daemon,
+    mut row: ViewRow,
+    reader: Option<PointReader>,
+    blocks: BlockSizes,
+) -> Result<Exports, Problem> {
     let dir = scratch_dir(daemon, row.view);
-    // Not made anew by looking for it.
-    let there = std::fs::metadata(&dir).and_then(|_| FileDisk::open(&dir));
-    let disk = there.map_err(|e| problem::bad_scratch(&dir, &e))?;
-    let scratch = Scratch::open(Arc::new(disk), identity(&row), limits(daemon, &row))
-        .map_err(|e| problem::bad_scratch(&dir, &e))?;
-    let (serving, exports) = serve(daemon, &row, reader, scratch, row.device.is_some())?;
+    let (blocks, backing) = match (reader, &row.image) {
+        (Some(reader), _) => {
+            // Not made anew by looking for it.
+            let there = std::fs::metadata(&dir).and_then(|_| FileDisk::open(&dir));
+            let disk = there.map_err(|e| problem::bad_scratch(&dir, &e))?;
+            let scratch = Scratch::open(Arc::new(disk), identity(&row), limits(daemon, &row))
+                .map_err(|e| problem::bad_scratch(&dir, &e))?;
+            let blocks = reader.blocks();
+            let scratch = Box::new(scratch);
+            (blocks, Backing::Layers { point: Box::new(reader), scratch })
+        }
+        (None, Some(path)) => {
+            let image = Image::open(path, row.size.get());
+            let image = image.map_err(|e| problem::bad_image(path, &e))?;
+            // Left by a crash just after the view was flattened.
+            drop_scratch(&dir);
+            (blocks, Backing::Image(Arc::new(image)))
+        }
+        (None, None) => return Err(problem::no_view(&row.view)),
+    };
+    let shape = (row.size, blocks);
+    let (serving, exports) = serve(daemon, &row, shape, backing, row.device.is_some())?;
     let device = serving.block.as_ref().map(BlockDevice::path);
     if row.device != device {
         row.device = device;
@@ -213,8 +241,8 @@ const fn identity(row: &ViewRow) -> Identity {
 fn serve(
     daemon: &Daemon,
     row: &ViewRow,
-    reader: PointReader,
-    scratch: Scratch,
+    shape: (VolumeSize, BlockSizes),
+    backing: Backing,
     device: bool,
 ) -> Result<(Serving, Exports), Problem> {
     let socket = socket_path(&daemon.paths, row);
@@ -226,7 +254,7 @@ fn serve(
         );
         return Err(problem::export(&why));
     }
-    let view = ViewDevice::new(row.view.to_string(), Box::new(reader), scratch, row.read_only);
+    let view = ViewDevice::new(row.view.to_string(), shape, backing, row.read_only);
     let view = Arc::new(view);
     let exports = Exports::new();
     let offered = exports.add(Export {

@@ -93,7 +93,7 @@ pub(super) struct Limits {
 
 impl Limits {
     /// Whether `bytes` more leave the reserve alone.
-    fn leave_room(&self, bytes: u64) -> io::Result<bool> {
+    pub(super) fn leave_room(&self, bytes: u64) -> io::Result<bool> {
         let Some((dir, reserve)) = &self.reserve else { return Ok(true) };
         let now = statvfs(dir)?;
         let free = now.blocks_available().saturating_mul(now.fragment_size());

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use farshore_extent::{Lsn, PointKind, ViewId, VolumeName};
-use farshore_protocol::config::ByteSize;
 use farshore_protocol::admin::{OpenView, PointChoice, TargetReply, TargetRequest, ViewInfo};
+use farshore_protocol::config::ByteSize;
 
 use crate::bed::{Bed, Host, LONG};
 use crate::connection::Connection;
@@ -208,7 +208,7 @@ async fn alarms_tell_of_a_full_scratch_and_of_journal_that_a_view_keeps() {
     alarm(6614).await;
     let full = "try:\n  h.pwrite(b'2' * 4096, 65536)\n  raise SystemExit(1)\n\
                 except nbd.Error as e:\n  assert e.errno == 'ENOSPC', e\n\
-                h.pwrite(b'3' * 4096, 0)\nh.flush()\nassert h.pread(1, 65536)";
+                h.pwrite(b'3' * 4096, 0)\nh.flush()\nassert h.pread(512, 65536)";
     write(&view, full).await;
     // Enough for a segment that is full.
     for n in 0..200u8 {

@@ -110,7 +110,7 @@ fn a_catalogue_of_the_first_version_is_taken_over() {
         .replace(", policy TEXT NOT NULL DEFAULT ''", "")
         .replace("user_version = 3", "user_version = 1");
     let (views, rest) = old.split_once(", time INTEGER, point INTEGER,\n").unwrap();
-    let (_, rest) = rest.split_once("device_lost TEXT").unwrap();
+    let (_, rest) = rest.split_once("flatten_why TEXT").unwrap();
     let old = format!("{views}{rest}");
     let db = Connection::open(&file).unwrap();
     db.execute_batch(&old).unwrap();
@@ -152,6 +152,8 @@ fn a_view_is_known_until_it_is_closed_and_may_lose_its_device() {
         tls_address: Some("192.0.2.7:10809".into()),
         device: Some("/dev/ublkb3".into()),
         device_lost: None,
+        image: Some("/srv/shop.img".into()),
+        flatten: None,
     };
     let other = ViewRow {
         view: ViewId::random(),
@@ -160,6 +162,13 @@ fn a_view_is_known_until_it_is_closed_and_may_lose_its_device() {
         tls_address: None,
         device: None,
         read_only: false,
+        image: None,
+        flatten: Some(FlattenRow {
+            to: "/srv/other.img".into(),
+            rate: 5,
+            force: true,
+            ended: Some((6623, "it differs".into())),
+        }),
         ..view.clone()
     };
     for row in [&other, &view] {

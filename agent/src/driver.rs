@@ -13,6 +13,7 @@ use farshore_blkfilter::control::{MarkerPlaced, MarkerRequest, VolumeStatus};
 use farshore_extent::{
     CaptureOrder, GroupId, Lsn, MarkerId, PointKind, Problem, Seq, VolumeId, WallTime,
 };
+use farshore_protocol::failover::FENCED;
 use farshore_protocol::message::{FromAgent, FromTarget, VolumeReport};
 use farshore_protocol::paths::Paths;
 use tokio::sync::mpsc;
@@ -437,10 +438,14 @@ impl Driver {
     async fn received(&mut self, message: FromTarget) {
         if let FromTarget::Opened(opened) = &message {
             self.points.set(self.now(), opened.volume, opened.point_interval_ms);
+            self.line.fence(opened.volume, None);
         }
         if let FromTarget::Refused { volume, problem, retry } = &message {
             let Problem { why, next, .. } = problem;
             tracing::warn!(?volume, %problem, why, next, retry, "the target refuses");
+            if let Some(volume) = volume.filter(|_| problem.code.0 == FENCED) {
+                self.line.fence(volume, Some(problem.clone()));
+            }
         }
         let other = match Event::from_target(message, jitter()) {
             Ok(event) => return self.step(event).await,
@@ -534,7 +539,7 @@ impl Driver {
             self.send(FromAgent::Report(VolumeReport {
                 volume: status.info.volume,
                 captured: status.captured,
-                backlog_bytes: status.pool_used,
+                backlog_bytes: status.pool_used + self.reporter.spooled(status.info.volume),
                 copy_remaining: status.copy.remaining_bytes,
                 copy_total: status.copy.total_bytes,
                 copy_rate: status.copy.bytes_per_second,

@@ -14,11 +14,14 @@ use std::time::Instant;
 use farshore_blkfilter::control::{
     Client, CompareAnswer, MarkerPlaced, MarkerRequest, VolumeStatus,
 };
-use farshore_extent::{Lsn, Problem, VolumeId};
+use farshore_extent::{Code, Lsn, Problem, VolumeId};
 
 use crate::answers::Answers;
 use crate::limits::LIST_INTERVAL;
 use crate::problem;
+
+/// The volume is not attached any more.
+const NO_SUCH_VOLUME: Code = Code(2035);
 
 /// Markers that wait; more are refused.
 const MAX_MARKERS: usize = 256;
@@ -54,6 +57,7 @@ struct Work {
     releases: BTreeMap<VolumeId, Lsn>,
     answers: BTreeMap<VolumeId, Answers>,
     markers: VecDeque<(Purpose, MarkerRequest)>,
+    fences: BTreeMap<VolumeId, Option<Problem>>,
     /// List the volumes at once.
     look: bool,
     exit: bool,
@@ -62,6 +66,7 @@ struct Work {
 impl Work {
     fn is_idle(&self) -> bool {
         !self.exit
+            && self.fences.is_empty()
             && !self.look
             && self.markers.is_empty()
             && self.releases.is_empty()
@@ -99,6 +104,7 @@ impl Line {
             shared: shared.clone(),
             client: None,
             failed: BTreeMap::new(),
+            fences: BTreeMap::new(),
             answers: BTreeMap::new(),
         };
         std::thread::Builder::new().name("filterd-line".to_owned()).spawn(|| worker.run())?;
@@ -111,6 +117,13 @@ impl Line {
         let entry = work.releases.entry(volume).or_default();
         *entry = upto.max(*entry);
         drop(work);
+        self.shared.changed.notify_all();
+    }
+
+    /// The target has refused the volume for good, or has taken it back: said again until `filterd`
+    /// has kept it.
+    pub fn fence(&self, volume: VolumeId, fence: Option<Problem>) {
+        self.shared.lock().fences.insert(volume, fence);
         self.shared.changed.notify_all();
     }
 
@@ -154,6 +167,8 @@ struct Worker {
     client: Option<Client>,
     /// Releases that did not arrive: said again after the next listing.
     failed: BTreeMap<VolumeId, Lsn>,
+    /// Fences that were not kept yet.
+    fences: BTreeMap<VolumeId, Option<Problem>>,
     /// Answers that were not heard yet.
     answers: BTreeMap<VolumeId, Answers>,
 }
@@ -162,7 +177,8 @@ impl Worker {
     fn run(mut self) {
         let mut next_list = Instant::now();
         loop {
-            let Work { releases, answers, markers, look, exit } = self.wait(next_list);
+            let Work { releases, answers, markers, fences, look, exit } = self.wait(next_list);
+            self.fence(fences);
             for (purpose, request) in markers {
                 let result = self.call(|c| c.marker(request));
                 (self.sink)(FromFilterd::Marked(purpose, result));
@@ -188,6 +204,7 @@ impl Worker {
                         self.answer();
                         let again = std::mem::take(&mut self.failed);
                         self.release(again);
+                        self.fence(BTreeMap::new());
                         FromFilterd::Volumes(volumes, recorded)
                     }
                     Err(problem) => FromFilterd::Lost(problem),
@@ -237,6 +254,21 @@ impl Worker {
                 !answers.is_empty()
             })
         });
+    }
+
+    /// Says the newest of each volume; what was not heard is said again.
+    fn fence(&mut self, newer: BTreeMap<VolumeId, Option<Problem>>) {
+        self.fences.extend(newer);
+        for (volume, fence) in std::mem::take(&mut self.fences) {
+            match self.call(|c| c.fence(volume, fence.clone())) {
+                Ok(()) => {}
+                Err(problem) if problem.code == NO_SUCH_VOLUME => {}
+                Err(problem) => {
+                    tracing::error!(%volume, %problem, "filterd has not kept a fence");
+                    self.fences.insert(volume, fence);
+                }
+            }
+        }
     }
 
     fn release(&mut self, releases: BTreeMap<VolumeId, Lsn>) {

@@ -35,6 +35,11 @@ impl Reporter {
         self.spools.insert(volume, spool);
     }
 
+    /// Bytes of a volume in the spool.
+    pub(crate) fn spooled(&self, volume: VolumeId) -> u64 {
+        self.spools.get(&volume).map_or(0, |spool| spool.bytes)
+    }
+
     pub(crate) fn forget(&mut self, volume: VolumeId) {
         self.replicas.remove(&volume);
         self.spools.remove(&volume);

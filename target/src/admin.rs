@@ -22,7 +22,7 @@ use crate::catalogue::{PointRow, Wanted};
 use crate::daemon::{Daemon, blocking};
 use crate::replica::Replica;
 use crate::worker::Work;
-use crate::{durable_fs, enrol, policy, problem, status, upkeep, views};
+use crate::{durable_fs, enrol, failover, policy, problem, status, upkeep, views};
 
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -150,7 +150,7 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
         }
         TargetRequest::Views => Ok(TargetReply::Views(daemon.views.list(daemon))),
         TargetRequest::CloseView { view, note } => {
-            let closed = blocking(daemon, move |d| d.views.close(d, view, &note));
+            let closed = blocking(daemon, move |d| failover::close_test(d, view, &note));
             closed.await.map(|()| TargetReply::Done)
         }
         TargetRequest::SetInterval { volume, interval_ms } => {
@@ -172,6 +172,11 @@ async fn handle(daemon: &Arc<Daemon>, request: TargetRequest) -> Result<TargetRe
             let stopped = blocking(daemon, move |d| views::stop_flatten(d, view));
             stopped.await.map(|()| TargetReply::Done)
         }
+        request @ (TargetRequest::PreviewFailover(_)
+        | TargetRequest::Failover(_)
+        | TargetRequest::CancelFailover { .. }
+        | TargetRequest::Jobs { .. }
+        | TargetRequest::Job { .. }) => failover::answer(daemon, request).await,
         TargetRequest::Events { limit } => {
             let limit = if limit == 0 { MAX_EVENTS } else { limit.min(MAX_EVENTS) };
             blocking(daemon, move |d| events(d, limit)).await.map(TargetReply::Events)

@@ -23,7 +23,7 @@ use crate::replica::Replica;
 use crate::session::Registry;
 use crate::views::{self, Views};
 use crate::worker::{self, Work, WorkerThread};
-use crate::{admin, durable_fs, init, listener, policy, problem, seed, upkeep};
+use crate::{admin, durable_fs, failover, init, listener, policy, problem, seed, upkeep};
 
 /// How long sessions and clients of views get to end in good order.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -39,6 +39,8 @@ pub(crate) struct Daemon {
     pub(crate) views: Views,
     pub(crate) clock: Arc<AgeClock>,
     replicas: Mutex<Replicas>,
+    /// Held while a failover is begun.
+    pub(crate) failovers: Mutex<()>,
     stopping: watch::Sender<bool>,
     _lock: Flock<File>,
 }
@@ -73,6 +75,9 @@ pub async fn run(
     };
     let outcome = match started.await {
         Ok((admin, listening, acceptor)) => {
+            if let Err(problem) = failover::resume(&daemon) {
+                tracing::error!(why = problem.why, "jobs do not go on: {problem}");
+            }
             let admin = tokio::spawn(admin::serve(daemon.clone(), admin));
             let listening = tokio::spawn(listener::serve(daemon.clone(), listening, acceptor));
             let upkeep = tokio::spawn(upkeep::keep(daemon.clone()));
@@ -147,6 +152,7 @@ impl Daemon {
             authority,
             sessions: Registry::default(),
             replicas: Mutex::default(),
+            failovers: Mutex::default(),
             stopping: watch::Sender::new(false),
             catalogue,
             _lock: lock,
@@ -170,6 +176,11 @@ impl Daemon {
         let mut stopping = self.stopping.subscribe();
         // The sender lives in self, so this ends only with the value.
         let _ = stopping.wait_for(|stop| *stop).await;
+    }
+
+    /// Whether it is to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
     }
 
     /// Every replica, in the order of identities.
@@ -265,7 +276,10 @@ impl Daemon {
     ) -> Result<Arc<Replica>, Problem> {
         let dir = self.data.volumes().join(row.volume.to_string());
         let (queue, work) = tokio::sync::mpsc::channel(self.config.limits.queue_batches);
+        let pair = self.catalogue.lock().failover(row.volume)?;
         let replica = Replica::new(row, queue);
+        // Before any source can come.
+        replica.update(|facts| facts.pair = pair);
         let thread = worker::spawn(
             dir,
             Arc::clone(&replica),

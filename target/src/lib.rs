@@ -19,6 +19,8 @@ mod clock;
 mod daemon;
 mod durable_fs;
 mod enrol;
+mod failover;
+mod failpoint;
 mod init;
 mod listener;
 mod policy;

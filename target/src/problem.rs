@@ -1,7 +1,8 @@
 //! Every problem the target tells a person, one function a cause. 3120 verification, 50xx link and
-//! enrolment, 65xx
-//! the daemon and its volumes, 66xx points and views.
+//! enrolment, 65xx the daemon and its volumes, 66xx points. Those of views and of failovers are in
+//! modules of their own.
 
+mod failover;
 mod views;
 
 use std::fmt::Display;
@@ -9,6 +10,7 @@ use std::path::Path;
 
 use farshore_extent::{Generation, Problem, VolumeName, VolumeSize};
 
+pub use failover::*;
 pub use views::*;
 
 /// FS-5001: a message other than `Enroll` without a certificate.
@@ -238,7 +240,10 @@ pub fn fenced(name: &VolumeName, own: Generation, theirs: Generation) -> Problem
         6513,
         format!("the volume {name} was refused: this source has been failed over"),
         format!("the replica is in generation {own}, the source in {theirs}"),
-        "find out which side holds the data in use, then reverse or protect again",
+        format!(
+            "find out which side holds the data in use; to go back to this source, on the target: \
+             farshore failover cancel {name}"
+        ),
     )
     .with_risk("writes made on this source since the failover are not on the replica")
 }

@@ -6,11 +6,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farshore_extent::{CaptureOrder, Lsn, Problem, ViewId, VolumeId, VolumeName};
+use farshore_extent::{CaptureOrder, Lsn, Problem, ViewId, VolumeId, VolumeName, WallTime};
+use farshore_protocol::failover::JobId;
 use farshore_protocol::message::VolumeReport;
 use tokio::sync::{mpsc, watch};
 
 use crate::catalogue::{PointSummary, Scrub, VolumeRow};
+use crate::failover::pair::Pair;
 use crate::session::SessionId;
 use crate::worker::Work;
 
@@ -49,8 +51,23 @@ pub(crate) struct Facts {
     pub(crate) scrub: Scrubs,
     /// Views open.
     pub(crate) views: u32,
+    /// Its failover, also one that was cancelled; none: it was never failed over.
+    pub(crate) pair: Option<Pair>,
+    /// The job under way.
+    pub(crate) job: Option<JobId>,
+    /// What the source said last, also when it is not connected any more.
+    pub(crate) heard: Option<Heard>,
     /// Why it does not work; none when it does.
     pub(crate) problem: Option<Problem>,
+}
+
+/// The last word of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Heard {
+    /// When, on the clock of this host.
+    pub(crate) at: WallTime,
+    /// Bytes that it had and that were not durable here.
+    pub(crate) unsent_bytes: u64,
 }
 
 /// What was compared with digests of the source since it opened the volume.
@@ -113,6 +130,9 @@ impl Replica {
                 rotten_bytes: 0,
                 scrub: Scrubs::default(),
                 views: 0,
+                pair: None,
+                job: None,
+                heard: None,
                 problem: None,
             }),
         })

@@ -7,8 +7,9 @@ use farshore_extent::{CaptureOrder, HostId, PairState, Problem, WallTime};
 use farshore_protocol::admin::ReplicaStatus;
 
 use crate::daemon::Daemon;
-use crate::problem;
+use crate::failover::pair::Pair;
 use crate::replica::Facts;
+use crate::{failover, problem};
 
 /// A source that said nothing for so long is as good as disconnected; it reports every second.
 const REPORT_STALE: Duration = Duration::from_secs(10);
@@ -72,13 +73,16 @@ fn status(facts: &Facts, host_name: String, now: WallTime, target: Duration) -> 
         scrub_bytes: facts.scrub.bytes,
         unverified_bytes: facts.scrub.unsummed,
         problems: problems(facts, rpo, target),
+        failover: failover::status(facts.pair.as_ref()),
     }
 }
 
 /// The worst that is true. Points cut by hand only (interval 0) make no volume lag.
 fn state(facts: &Facts, rpo: Option<Duration>, target: Duration) -> PairState {
     let late = rpo.is_none_or(|rpo| rpo > target) && facts.row.point_interval_ms != 0;
-    if facts.problem.is_some()
+    if facts.pair.as_ref().is_some_and(Pair::fences) {
+        PairState::FailedOverPending
+    } else if facts.problem.is_some()
         || (facts.wrong_bytes + facts.rotten_bytes > 0 && !facts.row.unprotected)
     {
         PairState::Broken
@@ -96,6 +100,10 @@ fn state(facts: &Facts, rpo: Option<Duration>, target: Duration) -> PairState {
 /// What is wrong, worst first; empty exactly when the state is "protected" (or not wanted).
 fn problems(facts: &Facts, rpo: Option<Duration>, target: Duration) -> Vec<Problem> {
     let mut all: Vec<Problem> = facts.problem.clone().into_iter().collect();
+    if let Some(pair) = facts.pair.as_ref().filter(|pair| pair.fences()) {
+        all.push(problem::failed_over(&facts.row.name, pair));
+        return all;
+    }
     if facts.row.unprotected {
         return all;
     }
@@ -195,6 +203,9 @@ mod tests {
             rotten_bytes: 0,
             scrub: crate::replica::Scrubs::default(),
             views: 0,
+            pair: None,
+            job: None,
+            heard: None,
             problem: None,
         }
     }
@@ -218,6 +229,27 @@ mod tests {
         assert_eq!(told(&wrong, 75), (PairState::Broken, vec![3120], Some(5_000)));
         let rotten = Facts { rotten_bytes: 512, ..healthy() };
         assert_eq!(told(&rotten, 75), (PairState::Broken, vec![6015], Some(5_000)));
+    }
+
+    #[test]
+    fn a_failed_over_volume_says_so_and_not_that_its_source_is_silent() {
+        let next = crate::failover::pair::Opening {
+            view: farshore_extent::ViewId::NIL,
+            lsn: Lsn::ZERO,
+            time: WallTime::from_nanos(0),
+            point: None,
+            device: false,
+            tls_listen: None,
+        };
+        let now = WallTime::from_nanos(0);
+        let source = Pair::new(farshore_extent::Generation::new(1));
+        let (_, pair) = source.fail_over(next, now).unwrap();
+        let unopened = pair.done(now).failed(now);
+        let over = Facts { session: None, pair: Some(pair), ..healthy() };
+        assert_eq!(told(&over, 75).0, PairState::FailedOverPending);
+        assert_eq!(told(&over, 75).1, [6806]);
+        let unopened = Facts { pair: Some(unopened), ..healthy() };
+        assert_eq!(told(&unopened, 75).1, [6807]);
     }
 
     #[test]

@@ -102,6 +102,10 @@ fn expire_all(daemon: &Daemon) -> Result<Duration, Problem> {
     daemon.catalogue.lock().set_age(daemon.clock.now())?;
     let mut pause = EXPIRE_EVERY.1;
     for replica in daemon.replicas() {
+        // While the point of a failover can be changed, all points stay.
+        if replica.facts().pair.is_some_and(|pair| pair.fences()) {
+            continue;
+        }
         // Nothing expires by a policy that is not known; `policy::warn` has said so.
         let Ok(policy) = policy::of(daemon, &replica.facts().row) else { continue };
         expire_points(daemon, &replica, &policy)?;

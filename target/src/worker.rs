@@ -6,6 +6,7 @@
 
 mod compare;
 mod damage;
+mod fence;
 mod points;
 
 use std::path::PathBuf;
@@ -13,19 +14,20 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use farshore_changelog::RawBatch;
-use farshore_extent::{Lsn, Problem, VolumeName, VolumeSize, WallTime};
-use farshore_protocol::message::{FromTarget, OpenVolume, Opened, Verdict};
+use farshore_extent::{Generation, Lsn, Problem, VolumeName, VolumeSize, WallTime};
+use farshore_protocol::message::{FromTarget, OpenVolume};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::catalogue::{NewPoint, SharedCatalogue};
 use crate::clock::AgeClock;
+use crate::failover::pair::Pair;
 use crate::problem;
-use crate::replica::{Comparison, Replica};
-use crate::session::verdict::{Decision, FIRST_GENERATION, Position, decide};
+use crate::replica::Replica;
+use crate::session::verdict::FIRST_GENERATION;
 use crate::session::{Outbox, SessionId, VerifiedBatch};
 use crate::store::{
-    AppendError, Committed, FileDisk, OpenViews, PointReader, RecoveryReport, Store, StoreConfig,
-    StoreError, StoreEvent, StoreMeta, limits,
+    AppendError, Behind, Committed, FileDisk, OpenViews, PointReader, RecoveryReport, Store,
+    StoreConfig, StoreError, StoreEvent, StoreMeta, limits,
 };
 
 /// Something for a worker to do, in the order in which it was sent.
@@ -46,6 +48,10 @@ pub(crate) enum Work {
     JournalBefore { at: Lsn, reply: oneshot::Sender<Option<u64>> },
     /// Points were dropped: count them again.
     Recount,
+    /// Raise the generation durably, at least to this one. Answers what it is then.
+    Raise { to: Generation, reply: oneshot::Sender<Result<Generation, Problem>> },
+    /// What the journal has behind this place.
+    Behind { after: Lsn, reply: oneshot::Sender<Result<Behind, Problem>> },
     /// A second has passed: so many bytes of what is kept may be read, when nothing else waits.
     Scrub { bytes: u64, begin: bool },
     /// End.
@@ -231,6 +237,9 @@ impl Worker {
                 let _ = reply.send(bytes);
             }
             Work::Recount => self.recount(),
+            // Who asked may have gone.
+            Work::Raise { to, reply } => drop(reply.send(self.raise(to))),
+            Work::Behind { after, reply } => drop(reply.send(self.behind(after))),
             Work::Scrub { bytes, begin } => self.may_scrub(bytes, begin),
             Work::Stop => return false,
         }
@@ -243,68 +252,6 @@ impl Worker {
 
     fn accepts(&self, session: SessionId) -> bool {
         self.sender.as_ref().is_some_and(|s| s.session == session && s.accepting)
-    }
-
-    fn open(&mut self, session: SessionId, outbox: Arc<Outbox>, open: &OpenVolume) {
-        // The last word of a connection that a newer one has replaced already.
-        if self.sender.as_ref().is_some_and(|s| s.session > session) {
-            return;
-        }
-        self.commit();
-        self.forget_questions();
-        if self.store.is_none() {
-            self.open_store();
-        }
-        let refuse = |problem: Problem, retry| {
-            let volume = Some(open.volume);
-            outbox.send(FromTarget::Refused { volume, problem, retry });
-        };
-        // Not open, or its disk is still full: what was sent is not durable yet.
-        let working = self.store.as_mut().filter(|store| store.uncommitted_bytes() == 0);
-        let Some(store) = working else {
-            let stopped = || problem::store(&open.name, &"it was not opened");
-            return refuse(self.replica.facts().problem.unwrap_or_else(stopped), true);
-        };
-        let at = store.position();
-        let own = Position { generation: at.generation, lsn: at.durable, chain: at.chain };
-        let source =
-            Position { generation: open.generation, lsn: open.acked, chain: open.acked_chain };
-        let verdict = match decide(source, own) {
-            Decision::Continue | Decision::SkipAhead => Verdict::Continue,
-            lost @ (Decision::RecopyLost | Decision::RecopyUnknownHistory) => {
-                let text = format!(
-                    "the source copies everything again ({lost:?}): it was acknowledged up to {}, the replica is at {}",
-                    open.acked, at.durable
-                );
-                self.catalogue.note(3001, Some(&open.name), text);
-                Verdict::Recopy
-            }
-            Decision::Fenced => {
-                let fenced = problem::fenced(&open.name, at.generation, open.generation);
-                self.catalogue.note(fenced.code.0, Some(&open.name), fenced.what.clone());
-                return refuse(fenced, false);
-            }
-            Decision::TargetIsOld => {
-                let old = problem::unknown_generation(&open.name, at.generation, open.generation);
-                self.catalogue.note(old.code.0, Some(&open.name), old.what.clone());
-                return refuse(old, false);
-            }
-        };
-        outbox.send(FromTarget::Opened(Opened {
-            volume: open.volume,
-            generation: at.generation,
-            durable: at.durable,
-            chain: at.chain,
-            verdict,
-            point_interval_ms: self.replica.facts().row.point_interval_ms,
-        }));
-        self.sender = Some(Sender { session, outbox, accepting: true, owes_ack: false });
-        self.replica.update(|facts| {
-            facts.session = Some(session);
-            facts.report = None;
-            facts.problem = None;
-            facts.compared = Comparison::default();
-        });
     }
 
     fn detach(&mut self, session: SessionId) {
@@ -541,7 +488,11 @@ impl Worker {
 
     fn open_store(&mut self) {
         let facts = self.replica.facts();
-        let opened = self.open_or_create(&facts.row);
+        let raised = facts.pair.as_ref().map_or(Generation::ZERO, Pair::raised);
+        let opened = self.open_or_create(&facts.row).and_then(|(mut store, report)| {
+            // A store that was put back from a backup: its generation is known here.
+            store.raise_generation_to(raised).map(|()| (store, report))
+        });
         match opened {
             Ok((store, report)) => {
                 self.report_recovery(&report);

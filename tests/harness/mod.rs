@@ -60,16 +60,21 @@ pub fn pause(time: Duration) {
 
 /// Runs a program and returns its output; fails the test with everything it said otherwise.
 pub fn run(program: &str, args: &[&str]) -> Output {
+    let out = try_run(program, args);
+    assert!(out.status.success(), "{program} {args:?}: {}\n{}", out.status, said(&out));
+    out
+}
+
+/// The same, whatever it did.
+pub fn try_run(program: &str, args: &[&str]) -> Output {
     // The system's own programs first: nbdsh needs the python that has libnbd's module.
     let path = std::env::var("PATH").unwrap_or_default();
-    let out = Command::new(program)
+    Command::new(program)
         .args(args)
         .env("PATH", format!("/usr/bin:/bin:/usr/sbin:/sbin:{path}"))
         .stdin(Stdio::null())
         .output()
-        .unwrap_or_else(|e| panic!("{program} cannot be run ({e}): ./tools/test installs it"));
-    assert!(out.status.success(), "{program} {args:?}: {}\n{}", out.status, said(&out));
-    out
+        .unwrap_or_else(|e| panic!("{program} cannot be run ({e}): ./tools/test installs it"))
 }
 
 /// Both streams of a finished program.
@@ -226,7 +231,14 @@ impl Site {
     }
 
     pub fn start_target(&self) -> Daemon {
-        let mut daemon = self.start("target", &["target", "run"]);
+        self.start_target_with(&[])
+    }
+
+    /// With these variables in its environment.
+    pub fn start_target_with(&self, variables: &[(&str, &str)]) -> Daemon {
+        let mut command = self.command(&["target", "run"]);
+        command.envs(variables.iter().copied());
+        let mut daemon = self.start_with("target", command);
         wait_for("the target's admin socket", Duration::from_secs(20), || {
             assert!(daemon.is_alive(), "the target ended\n{}", self.logs());
             self.ask_target(&TargetRequest::Hosts).ok()

@@ -12,7 +12,7 @@ use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::units::{Interval, parse_bytes};
 use crate::{
-    check, compare, demo, doctor, explain, extract, failover, hosts, journal, points, policy,
+    check, compare, demo, doctor, explain, extract, failover, hosts, jobs, journal, points, policy,
     protect, roles, scrub, status, store, volume,
 };
 
@@ -94,9 +94,12 @@ pub enum Command {
     /// Which points stay, and how long
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
-    /// Open a point as a disk, try it, throw it away
+    /// Open a point as a disk: to try it, or to go on from it
     #[command(subcommand)]
     Failover(failover::FailoverCommand),
+    /// Long work of the target: what goes on, and how it ended
+    #[command(subcommand)]
+    Job(jobs::JobCommand),
     /// Monitoring plug-in: 0 ok, 1 warning, 2 critical, 3 unknown
     Check(check::CheckArgs),
     /// Every prerequisite of this host's roles, each with the command that mends it
@@ -178,6 +181,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Point(command) => points::run(command, global, out),
         Command::Policy(command) => policy::run(command, global, out),
         Command::Failover(command) => failover::run(command, global, out),
+        Command::Job(command) => jobs::run(command, global, out),
         Command::Check(args) => check::run(args, global, out),
         Command::Doctor(args) => doctor::run(args, global, out),
         Command::Explain { code } => explain::run(code.as_deref(), out),
@@ -262,6 +266,13 @@ mod tests {
             "failover cleanup",
             "failover cleanup shop --note fine",
             "failover list",
+            "failover unplanned shop --point latest --dry-run",
+            "failover unplanned shop --point lsn:3.1042 --device --yes",
+            "failover show shop --json",
+            "failover cancel shop --yes --no-wait",
+            "job list --json",
+            "job wait j-88",
+            "volume unfence shop --yes",
             "journal inspect pgdata",
             "extract /srv/volumes/x --list --json",
             "extract /srv/volumes/x --point newest --to disk.img --verify",

@@ -1,5 +1,7 @@
-//! `farshore failover test|flatten|cleanup|list`: a point as a disk, an image of its own, and away
-//! with it.
+//! `farshore failover`: a point as a disk to try it, to go on from it, or to make it an image of its
+//! own.
+
+mod live;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,8 +19,8 @@ use crate::output::{Out, table};
 use crate::rpc::{self, Role};
 use crate::{choose, units};
 
-/// Between two looks at a copy that is waited for.
-const LOOK: Duration = Duration::from_millis(200);
+/// Between two looks at what is waited for.
+pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
 /// Version of the document.
 const SCHEMA: &str = "farshore.views/1";
@@ -78,6 +80,23 @@ pub enum FailoverCommand {
     },
     /// Points that are open
     List,
+    /// The source is gone: go on from a point of its replica, here; or choose another point
+    Unplanned(live::UnplannedArgs),
+    /// Take the source back: close what a failover has opened, and drop what was written to it
+    Cancel {
+        /// Which volume
+        #[arg(value_parser = volume_name)]
+        volume: VolumeName,
+        /// Return when the job is recorded; it goes on by itself
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Where a volume is, what a failover to its newest point would cost, and how to use what is open
+    Show {
+        /// Which volume
+        #[arg(value_parser = volume_name)]
+        volume: VolumeName,
+    },
 }
 
 /// `farshore failover …`
@@ -93,6 +112,9 @@ pub fn run(command: &FailoverCommand, global: &Global, out: &Out) -> Result<Exit
             };
             test(request, global, out)
         }
+        FailoverCommand::Unplanned(args) => live::unplanned(args, global, out),
+        FailoverCommand::Cancel { volume, no_wait } => live::cancel(volume, *no_wait, global, out),
+        FailoverCommand::Show { volume } => live::show(volume, global, out),
         FailoverCommand::Cleanup { view, note } => cleanup(view.as_deref(), note, global, out),
         FailoverCommand::Flatten { view, to, force, rate, wait, stop } => {
             let paths = global.paths();

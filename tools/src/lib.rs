@@ -24,6 +24,7 @@ mod extract;
 mod failover;
 mod filterd_file;
 mod hosts;
+mod jobs;
 mod journal;
 mod notify;
 mod output;

@@ -170,8 +170,20 @@ fn render(document: &Value) -> String {
 }
 
 /// Keys that hold an instant in nanoseconds inside the daemons' messages.
-const INSTANTS: [&str; 8] =
-    ["time", "now", "opened", "ended", "enrolled", "newest_point", "oldest_point", "last_drill"];
+const INSTANTS: [&str; 12] = [
+    "time",
+    "now",
+    "opened",
+    "begun",
+    "ended",
+    "fenced_since",
+    "enrolled",
+    "newest_point",
+    "oldest_point",
+    "last_drill",
+    "last_contact",
+    "journaled_time",
+];
 
 /// Numbers that mean an instant or a code become the text people know.
 fn readable(value: &mut Value) {

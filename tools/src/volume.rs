@@ -7,7 +7,7 @@ use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
 use crate::rpc;
-use crate::units;
+use crate::{ask, units};
 
 /// Version of the document.
 const SCHEMA: &str = "farshore.volume/1";
@@ -21,11 +21,46 @@ pub enum VolumeCommand {
         #[arg(value_parser = volume_name)]
         name: VolumeName,
     },
+    /// Let a volume that was failed over be written here again, when its target is lost for good
+    Unfence {
+        /// Which volume
+        #[arg(value_parser = volume_name)]
+        name: VolumeName,
+    },
 }
 
 /// `farshore volume`.
 pub fn run(command: &VolumeCommand, global: &Global, out: &Out) -> Result<Exit, Failure> {
-    let VolumeCommand::Grow { name } = command;
+    match command {
+        VolumeCommand::Grow { name } => grow(name, global, out),
+        VolumeCommand::Unfence { name } => unfence(name, global, out),
+    }
+}
+
+fn unfence(name: &VolumeName, global: &Global, out: &Out) -> Result<Exit, Failure> {
+    let mut filterd = rpc::filterd(&global.paths())?;
+    let found = filterd.list()?.into_iter().find(|v| v.info.name == *name);
+    let Some(fence) = found.as_ref().and_then(|v| v.fenced.clone()) else {
+        out.line(format!("{name} is not fenced on this host"));
+        return Ok(Exit::Ok);
+    };
+    out.line(format!("{name} was fenced by its target: {}", fence.what));
+    if global.dry_run {
+        out.line("would let it be written here again; a target that is alive fences it again");
+        return Ok(Exit::Ok);
+    }
+    let question = format!(
+        "Is nobody using {name} on the target, now or later? Two writers cannot be put together again"
+    );
+    ask::confirm(&question, global)?;
+    if let Some(volume) = found {
+        filterd.fence(volume.info.volume, None)?;
+    }
+    out.line(format!("{name} takes writes here again as soon as nobody has it open read-only"));
+    Ok(Exit::Ok)
+}
+
+fn grow(name: &VolumeName, global: &Global, out: &Out) -> Result<Exit, Failure> {
     let grown = rpc::filterd(&global.paths())?.grow(name.clone(), global.dry_run)?;
     if out.json {
         out.document(SCHEMA, if global.dry_run { "would_grow" } else { "grown" }, &grown);

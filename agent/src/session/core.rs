@@ -164,6 +164,8 @@ impl Session {
                 let streaming = |v: &VolumeSession| v.phase() == Phase::Streaming;
                 if self.volumes.get(&volume).is_some_and(streaming) {
                     self.reopen(now, volume, &reason);
+                } else if let Some(v) = self.volumes.get_mut(&volume) {
+                    v.try_again_if_fenced();
                 }
             }
             Event::Refused { volume, problem, retry, jitter } => {

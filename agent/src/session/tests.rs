@@ -6,6 +6,7 @@ mod model;
 use std::time::Duration;
 
 use farshore_extent::{Chain, Extent, Generation, Lsn, Problem};
+use farshore_protocol::failover::FENCED;
 use farshore_protocol::message::MAX_DIFFERING;
 use proptest::prelude::*;
 
@@ -253,6 +254,30 @@ fn a_new_generation_builds_the_window_again_and_is_kept_before_anything_is_sent(
     world.settle();
     world.check();
     assert_eq!(world.session.volume(world.volume).unwrap().totals().rebuilds, 1);
+}
+
+#[test]
+fn a_fenced_source_asks_once_a_connection_and_when_it_is_told_and_never_in_a_loop() {
+    let mut world = World::new(small());
+    world.wait(Duration::ZERO);
+    let phase = |world: &World| world.session.volume(world.volume).unwrap().phase();
+    let fence = |world: &mut World| {
+        let problem = Problem::harmless(FENCED, "failed over", "test", "-");
+        let (volume, jitter) = (Some(world.volume), Jitter::default());
+        world.step(Event::Refused { volume, problem, retry: false, jitter });
+        assert_eq!(phase(world), Phase::Halted);
+    };
+    fence(&mut world);
+    world.wait(Duration::from_secs(3600));
+    assert_eq!(phase(&world), Phase::Halted, "no loop");
+    world.step(Event::Reopen { volume: world.volume, reason: "taken back".into() });
+    assert_eq!(phase(&world), Phase::Streaming, "the target has taken it back");
+    fence(&mut world);
+    world.disconnect();
+    let problem = world.session.volume(world.volume).unwrap().problem().map(|p| p.code.0);
+    assert_eq!(problem, Some(FENCED), "status says so until it is opened");
+    world.wait(Duration::from_secs(1));
+    assert_eq!(phase(&world), Phase::Streaming, "a new connection asks again");
 }
 
 #[test]

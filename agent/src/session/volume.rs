@@ -10,6 +10,7 @@ use std::time::Duration;
 use farshore_blkfilter::control::CompareAnswer;
 use farshore_changelog::EncodedBatch;
 use farshore_extent::{Chain, Extent, Lsn, Problem, SECTOR, Seq, SourceWatermarks, WallTime};
+use farshore_protocol::failover::FENCED;
 use farshore_protocol::message::{MAX_DIFFERING, OpenVolume, Opened, Verdict};
 
 use super::event::{Action, Faults, FeedFailure, Resume, VolumeFacts, VolumeMemory};
@@ -200,6 +201,16 @@ impl VolumeSession {
         match self.phase {
             Phase::Opening | Phase::Streaming => self.phase = Phase::Waiting,
             Phase::Waiting | Phase::Delayed(_) | Phase::Halted => {}
+        }
+        self.try_again_if_fenced();
+    }
+
+    /// A target may take back a source that it has fenced: it is asked once on each connection, and
+    /// when it says so. Meanwhile the problem stays.
+    pub(super) fn try_again_if_fenced(&mut self) {
+        let fenced = self.problem.as_ref().is_some_and(|p| p.code.0 == FENCED);
+        if fenced && self.phase == Phase::Halted {
+            self.phase = Phase::Waiting;
         }
     }
 

@@ -261,6 +261,8 @@ impl State {
             backing_errors: 0,
             intent: None,
             throttle: None,
+            fenced: None,
+            read_only: false,
         };
         self.volumes.values().map(status).collect()
     }

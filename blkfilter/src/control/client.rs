@@ -270,6 +270,14 @@ impl Client {
         self.done(&Request::CopyRate { volume, bytes_per_second }, CALL)
     }
 
+    /// Keeps that the volume was failed over, or that it was taken back.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub fn fence(&mut self, volume: VolumeId, fence: Option<Problem>) -> Result<(), Problem> {
+        self.done(&Request::Fence { volume, fence }, CALL)
+    }
+
     fn done(&mut self, request: &Request, limit: Duration) -> Result<(), Problem> {
         match self.call(request, limit)? {
             Reply::Done => Ok(()),

@@ -131,6 +131,15 @@ pub enum Request {
         /// Bytes per second.
         bytes_per_second: u64,
     },
+    /// The target has told the source that its volume was failed over, or has taken it back (or a
+    /// person has). Durable when answered: a volume that is fenced takes no writes at its next
+    /// attach. One that is attached now goes on: its guest must not fail because of replication.
+    Fence {
+        /// Which volume.
+        volume: VolumeId,
+        /// What the target has said; none: it has taken the source back.
+        fence: Option<Problem>,
+    },
 }
 
 /// The answers, one for each kind of request.
@@ -438,6 +447,10 @@ pub struct VolumeStatus {
     pub intent: Option<IntentInfo>,
     /// The throttle; none when it is off.
     pub throttle: Option<ThrottleInfo>,
+    /// What the target has said when it refused this source for good; none: it has not.
+    pub fenced: Option<Problem>,
+    /// It takes no writes, because it was fenced when it was attached.
+    pub read_only: bool,
 }
 
 /// What the throttle does.

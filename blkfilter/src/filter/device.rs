@@ -43,6 +43,7 @@ pub struct FilterDevice {
     pub(super) reads: AtomicU64,
     pub(super) read_errors: AtomicU64,
     closing: AtomicBool,
+    refusing: AtomicBool,
 }
 
 impl FilterDevice {
@@ -62,12 +63,24 @@ impl FilterDevice {
             reads: AtomicU64::new(0),
             read_errors: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+            refusing: AtomicBool::new(false),
         })
     }
 
     /// Refuses new queues from now on.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
+    }
+
+    /// Refuses writes from now on, or takes them again. Those that were submitted before are done.
+    pub fn refuse_writes(&self, refuse: bool) {
+        self.refusing.store(refuse, Ordering::Release);
+    }
+
+    /// Whether writes are refused.
+    #[must_use]
+    pub fn refuses_writes(&self) -> bool {
+        self.refusing.load(Ordering::Acquire)
     }
 
     /// Guest reads so far.
@@ -100,7 +113,7 @@ impl Device for FilterDevice {
         DeviceInfo {
             size: self.backing.size(),
             blocks: self.backing.blocks(),
-            read_only: self.backing.read_only(),
+            read_only: self.backing.read_only() || self.refuses_writes(),
             zeroes: self.backing.zeroes(),
             volatile_cache: self.backing.volatile_cache(),
         }

@@ -284,7 +284,13 @@ impl Queue for FilterQueue {
 
     fn submit(&mut self, tag: Tag, request: Request) {
         let (queue, volume) = (self.id, self.device.key);
+        let refused = self.device.refuses_writes();
         match request {
+            Request::Write { slot, .. } if refused => {
+                self.release(slot);
+                self.fail(tag, DeviceError::ReadOnly);
+            }
+            Request::Zero { .. } if refused => self.fail(tag, DeviceError::ReadOnly),
             Request::Read { extent, slot } => self.submit_read(tag, extent, &slot),
             Request::Write { extent, slot, fua } => self.submit_write(tag, extent, &slot, fua),
             Request::Zero { extent, fua, may_unmap } => {

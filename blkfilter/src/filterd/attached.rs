@@ -220,6 +220,8 @@ impl Attached {
         };
         let state = Arc::new(Mutex::new(state));
         let mut filtering = Filtering::new(record.volume, record.name.clone(), filter);
+        // Before anybody can write.
+        filtering.device().refuse_writes(record.fenced.is_some());
         let started = filtering.start(&state, record.copy_rate);
         let filtering = Arc::new(filtering);
         let attached = started.and_then(|()| Self::serve(ground, &filtering, record, known, state));
@@ -324,6 +326,8 @@ impl Attached {
             written_bytes: core.written_bytes,
             reads: device.reads(),
             backing_errors: core.backing_errors + device.read_errors(),
+            fenced: lock(&self.record).fenced.clone(),
+            read_only: device.refuses_writes(),
             throttle: (longest_ms > 0).then_some(ThrottleInfo {
                 longest_ms,
                 delay_ms: core.throttle_ms,
@@ -347,6 +351,31 @@ impl Attached {
             copy.set_rate(bytes_per_second);
         }
         Ok(())
+    }
+
+    /// Keeps durably that the target has refused this source, or has taken it back. The way to it
+    /// stays as it is; when it takes no writes any more, it is made anew as soon as nobody uses it.
+    pub(super) fn fence(&self, fence: Option<Problem>) -> Result<(), Problem> {
+        let mut record = lock(&self.record);
+        if record.fenced == fence {
+            return Ok(());
+        }
+        let next = VolumeRecord { fenced: fence, ..record.clone() };
+        self.ground.state.save(&next)?;
+        *record = next;
+        match &record.fenced {
+            Some(problem) => tracing::warn!(volume = %self.info.name, %problem, "fenced"),
+            None => tracing::info!(volume = %self.info.name, "not fenced any more"),
+        }
+        Ok(())
+    }
+
+    /// It takes no writes although it might, and nobody would notice that it is attached anew.
+    pub(super) fn is_to_take_writes(&self) -> bool {
+        self.filtering.device().refuses_writes()
+            && lock(&self.record).fenced.is_none()
+            && self.clients() == 0
+            && self.users().only_passing()
     }
 
     /// Starts a verify at this rate, or ends it.

@@ -176,13 +176,14 @@ impl Service {
     pub(super) fn heal(self: &Arc<Self>) {
         self.ground.lingering.sweep();
         for volume in self.all() {
-            let Some(why) = volume.failed() else { continue };
+            let taken_back = || volume.is_to_take_writes().then(|| "it takes writes again".into());
+            let Some(why) = volume.failed().or_else(taken_back) else { continue };
             let name = volume.info.name.clone();
             let Some(turn) = self.turns.take(&name, Duration::ZERO) else { continue };
             self.in_a_thread(turn, move |service| {
                 let now = lock(&service.volumes).get(&name).cloned();
                 if now.is_some_and(|now| Arc::ptr_eq(&now, &volume)) {
-                    tracing::error!(volume = %name, why, "its device has stopped; again");
+                    tracing::warn!(volume = %name, why, "it is attached anew");
                     volume.stop_serving(service.ground.config.client_grace);
                     service.put_aside(&volume);
                 }

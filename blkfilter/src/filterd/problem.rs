@@ -1,5 +1,5 @@
 //! What people and the agent are told: FS-2030 to FS-2052, FS-3110, FS-3111, FS-4031,
-//! FS-4032 and FS-4036.
+//! FS-4032, FS-4036 and FS-4037.
 
 use std::fmt::Display;
 use std::io;
@@ -101,6 +101,21 @@ pub(super) fn clients_connected(name: &VolumeName, clients: u32) -> Problem {
         "they would get errors for everything they write from then on",
         "unmount and disconnect them first, or use --force to disconnect them",
     )
+}
+
+/// The volume on record was failed over; `fence` is what the target has said.
+pub(super) fn fenced(name: &VolumeName, fence: &Problem) -> Problem {
+    Problem::harmless(
+        4037,
+        format!("{name} is not attached for writing: it was failed over to the target"),
+        format!("{fence}: {}", fence.why),
+        format!(
+            "to go on here, on the target: farshore failover cancel {name}; to look at the old disk, \
+             read /dev/farshore/{name}, which takes no writes; if the target is lost for good: \
+             farshore volume unfence {name}"
+        ),
+    )
+    .with_risk("two machines that write to copies of one volume: nobody can put that together again")
 }
 
 /// Programs have the block device open.

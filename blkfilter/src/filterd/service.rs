@@ -102,7 +102,9 @@ impl Service {
         let choice = choose(asked);
         let attach = choice.as_ref().ok().cloned();
         let kind = attach.as_ref().map(|a| a.kind).or(asked);
-        let mut problems = self.obstacles(&ProtectRequest { attach: kind, ..request.clone() });
+        let fence = self.fence_of(&request.name).map(|f| problem::fenced(&request.name, &f));
+        let mut problems: Vec<Problem> = fence.into_iter().collect();
+        problems.extend(self.obstacles(&ProtectRequest { attach: kind, ..request.clone() }));
         // What is on record keeps its name.
         if request.name.looks_like_a_partition() && self.missing_named(&request.name).is_none() {
             problems.push(problem::name_of_a_partition(&request.backing, &request.name));
@@ -163,6 +165,7 @@ impl Service {
             size: backing.size(),
             blocks: backing.blocks(),
             epoch: self.ground.host.epoch(),
+            fenced: None,
         };
         let (id, is_new, kernel) = (record.volume, known.is_none(), record.front.kernel_name());
         let attached =
@@ -178,6 +181,19 @@ impl Service {
         let info = attached.info.clone();
         self.enter(attached);
         Ok(info)
+    }
+
+    fn fence(&self, id: VolumeId, fence: Option<Problem>) -> Result<Reply, Problem> {
+        self.find(id)?.fence(fence)?;
+        self.news.set();
+        Ok(Reply::Done)
+    }
+
+    /// What the target has said of a volume on record that was failed over.
+    fn fence_of(&self, name: &VolumeName) -> Option<Problem> {
+        let attached = lock(&self.volumes).get(name).cloned();
+        let record = attached.map(|v| v.record()).or_else(|| self.missing_named(name));
+        record.and_then(|record| record.fenced)
     }
 
     /// Where a new volume will be found.
@@ -458,6 +474,7 @@ impl Serve for Service {
                 host.compared(volume, upto, &answer).map_err(refused)?;
                 Reply::Done
             }
+            Request::Fence { volume, fence } => self.fence(volume, fence)?,
             Request::CopyRate { volume, bytes_per_second } => {
                 self.find(volume)?.set_copy_rate(bytes_per_second)?;
                 Reply::Done

@@ -60,6 +60,9 @@ pub(super) struct VolumeRecord {
     pub(super) blocks: BlockSizes,
     /// The epoch that wrote this.
     pub(super) epoch: Epoch,
+    /// The target has refused this source for good: no writes until it has taken it back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) fenced: Option<Problem>,
 }
 
 impl VolumeRecord {
@@ -220,6 +223,7 @@ mod tests {
             size: VolumeSize::new(1 << 20).unwrap(),
             blocks: BlockSizes::E512,
             epoch: Epoch::new(4),
+            fenced: None,
         }
     }
 

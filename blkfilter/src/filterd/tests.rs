@@ -69,6 +69,7 @@ impl World {
             size: VolumeSize::new(SIZE).unwrap(),
             blocks: BlockSizes::E512,
             epoch: Epoch::new(1),
+            fenced: None,
         }
     }
 

@@ -11,6 +11,10 @@ use farshore_extent::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::failover::{
+    Failover, FailoverInfo, FailoverPreview, JobId, JobInfo, PreviewFailover, Seen,
+};
+
 /// To the target daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetRequest {
@@ -98,6 +102,28 @@ pub enum TargetRequest {
         /// Which view.
         view: ViewId,
     },
+    /// What a failover to a point would cost. Changes nothing.
+    PreviewFailover(PreviewFailover),
+    /// Fence the source and open a point for writing, or open another one while the commit is
+    /// pending. Answered when the job is durable.
+    Failover(Failover),
+    /// Close what a failover has opened and take the source back. Answered when the job is durable.
+    CancelFailover {
+        /// Which.
+        volume: VolumeName,
+        /// What the person was shown.
+        seen: Seen,
+    },
+    /// Jobs, newest first.
+    Jobs {
+        /// At most so many; 0 is all that are kept.
+        limit: u32,
+    },
+    /// One job.
+    Job {
+        /// Which.
+        job: JobId,
+    },
 }
 
 /// Make a view an image of its own.
@@ -169,6 +195,9 @@ pub enum TargetReply {
     Done,
     Policies(Vec<PolicyInfo>),
     Policy(Box<PolicyReport>),
+    FailoverPreview(Box<FailoverPreview>),
+    Job(Box<JobInfo>),
+    Jobs(Vec<JobInfo>),
 }
 
 /// A retention policy with a name.
@@ -397,6 +426,8 @@ pub struct ReplicaStatus {
     pub last_drill: Option<WallTime>,
     /// What is wrong with it and with its views, each with its code; empty when all is well.
     pub problems: Vec<farshore_extent::Problem>,
+    /// The failover, when there is one.
+    pub failover: Option<FailoverInfo>,
 }
 
 /// An enrolled host.

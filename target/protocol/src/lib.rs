@@ -7,6 +7,7 @@
 
 pub mod admin;
 pub mod config;
+pub mod failover;
 pub mod frame;
 pub mod message;
 pub mod paths;

@@ -4,6 +4,9 @@
 //! `FARSHORE_BLESS=1 cargo test -p farshore-protocol --test golden` writes the files anew.
 #![allow(clippy::unwrap_used)] // in a test a panic is the report
 
+#[path = "golden/failover.rs"]
+mod failover;
+
 use std::collections::BTreeSet;
 use std::fmt::{Debug, Write};
 use std::path::PathBuf;
@@ -254,6 +257,11 @@ const fn target_request_name(request: &TargetRequest) -> &'static str {
         TargetRequest::Scrub { .. } => "scrub",
         TargetRequest::FlattenView(_) => "flatten-view",
         TargetRequest::StopFlatten { .. } => "stop-flatten",
+        TargetRequest::PreviewFailover(_) => "preview-failover",
+        TargetRequest::Failover(_) => "failover",
+        TargetRequest::CancelFailover { .. } => "cancel-failover",
+        TargetRequest::Jobs { .. } => "jobs",
+        TargetRequest::Job { .. } => "job",
     }
 }
 
@@ -330,6 +338,7 @@ fn replica_status() -> ReplicaStatus {
         scrub_bytes: Some(8),
         unverified_bytes: 9,
         problems: vec![problem()],
+        failover: Some(failover::info()),
     }
 }
 
@@ -377,6 +386,9 @@ fn target_reply() -> Vec<Result<TargetReply, Problem>> {
         Ok(TargetReply::Done),
         Ok(TargetReply::Policies(vec![policy_info()])),
         Ok(TargetReply::Policy(Box::new(policy_report()))),
+        Ok(TargetReply::FailoverPreview(Box::new(failover::preview()))),
+        Ok(TargetReply::Job(Box::new(failover::job()))),
+        Ok(TargetReply::Jobs(vec![failover::job()])),
         Err(problem()),
     ]
 }
@@ -398,6 +410,9 @@ const fn target_reply_name(reply: &Result<TargetReply, Problem>) -> &'static str
         Ok(TargetReply::Done) => "done",
         Ok(TargetReply::Policies(_)) => "policies",
         Ok(TargetReply::Policy(_)) => "policy",
+        Ok(TargetReply::FailoverPreview(_)) => "failover-preview",
+        Ok(TargetReply::Job(_)) => "job",
+        Ok(TargetReply::Jobs(_)) => "jobs",
         Err(_) => "problem",
     }
 }
@@ -494,7 +509,8 @@ fn messages_of_the_target_keep_their_bytes() {
 
 #[test]
 fn requests_and_replies_of_the_admin_sockets_keep_their_bytes() {
-    pin("target-request.txt", &target_request(), target_request_name);
+    let requests = [target_request(), failover::requests()].concat();
+    pin("target-request.txt", &requests, target_request_name);
     pin("target-reply.txt", &target_reply(), target_reply_name);
     let agent_request = [AgentRequest::Status, AgentRequest::Events { limit: 50 }];
     pin("agent-request.txt", &agent_request, agent_request_name);

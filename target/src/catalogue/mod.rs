@@ -3,6 +3,7 @@
 //! Rows of points can be rebuilt from the journals; losing the catalogue loses no data. The trait
 //! is the seam to another database; it knows nothing of sessions or stores.
 
+mod failover;
 mod sqlite;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use farshore_extent::{
     VolumeSize, WallTime,
 };
 
+pub use failover::{Failovers, JobRow};
 pub use sqlite::SqliteCatalogue;
 
 /// Why the catalogue could not be used.
@@ -209,7 +211,7 @@ pub struct FlattenRow {
 ///
 /// All methods return [`CatalogueError`] when the database fails or a row is damaged.
 #[allow(missing_docs, clippy::missing_errors_doc)] // one line above says it for all
-pub trait Catalogue: Send {
+pub trait Catalogue: Failovers + Send {
     fn put_host(&mut self, host: &HostRow) -> Result<(), CatalogueError>;
     fn host(&self, host: HostId) -> Result<Option<HostRow>, CatalogueError>;
     fn hosts(&self) -> Result<Vec<HostRow>, CatalogueError>;

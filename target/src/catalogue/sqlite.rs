@@ -2,6 +2,7 @@
 //!
 //! Places are stored as 16 big-endian bytes, so that SQLite orders them as we do.
 
+mod failover;
 #[cfg(test)]
 mod tests;
 
@@ -18,7 +19,7 @@ use super::{
     PointSummary, Scrub, ViewRow, VolumeRow, Wanted,
 };
 
-const VERSION: i64 = 3;
+const VERSION: i64 = 4;
 /// Events kept; the oldest go.
 const MAX_EVENTS: i64 = 10_000;
 
@@ -47,14 +48,10 @@ CREATE TABLE views (
 CREATE TABLE events (
   event INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, code INTEGER NOT NULL,
   volume TEXT, text TEXT NOT NULL) STRICT;
-PRAGMA user_version = 3;
 ";
 
 /// From version 1 to 2: volumes have a retention policy.
-const TO_VERSION_2: &str = "
-ALTER TABLE volumes ADD COLUMN policy TEXT NOT NULL DEFAULT '';
-PRAGMA user_version = 2;
-";
+const TO_VERSION_2: &str = "ALTER TABLE volumes ADD COLUMN policy TEXT NOT NULL DEFAULT '';";
 
 /// From version 2 to 3: views are opened again. Those of before have ended with their daemon.
 const TO_VERSION_3: &str = "
@@ -73,8 +70,10 @@ ALTER TABLE views ADD COLUMN flatten_rate INTEGER;
 ALTER TABLE views ADD COLUMN flatten_force INTEGER;
 ALTER TABLE views ADD COLUMN flatten_code INTEGER;
 ALTER TABLE views ADD COLUMN flatten_why TEXT;
-PRAGMA user_version = 3;
 ";
+
+/// From version 3 to 4: failovers and jobs.
+const TO_VERSION_4: &str = failover::SCHEMA;
 
 /// See the module.
 pub struct SqliteCatalogue {
@@ -93,14 +92,16 @@ impl SqliteCatalogue {
         db.pragma_update(None, "foreign_keys", true)?;
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         let steps: &[&str] = match version {
-            0 => &[SCHEMA],
-            1 => &[TO_VERSION_2, TO_VERSION_3],
-            2 => &[TO_VERSION_3],
+            0 => &[SCHEMA, TO_VERSION_4],
+            1 => &[TO_VERSION_2, TO_VERSION_3, TO_VERSION_4],
+            2 => &[TO_VERSION_3, TO_VERSION_4],
+            3 => &[TO_VERSION_4],
             VERSION => &[],
             newer => return Err(CatalogueError::Newer(newer)),
         };
         let change = db.transaction()?;
         steps.iter().try_for_each(|step| change.execute_batch(step))?;
+        change.pragma_update(None, "user_version", VERSION)?;
         change.commit()?;
         Ok(Self { db })
     }

@@ -25,7 +25,7 @@ pub(crate) use wire::WireError;
 use wire::{Incoming, MAX_FIRST_MESSAGE, read_frame, write_message};
 
 use crate::daemon::{Daemon, blocking};
-use crate::replica::Replica;
+use crate::replica::{Heard, Replica};
 use crate::worker::Work;
 use crate::{enrol, problem};
 
@@ -346,7 +346,9 @@ impl Peer {
         if let Some(replica) = self.volumes.get(&report.volume) {
             report.reason = shorten(&report.reason);
             let ahead = report.now.nanos().saturating_sub(WallTime::now().nanos());
+            let unsent_bytes = report.backlog_bytes.saturating_add(report.copy_remaining);
             replica.update(|facts| {
+                facts.heard = Some(Heard { at: WallTime::now(), unsent_bytes });
                 facts.source_ahead = ahead;
                 facts.report = Some((report, Instant::now()));
             });

@@ -28,6 +28,7 @@ mod expire;
 mod faults;
 mod inspect;
 pub mod limits;
+mod loss;
 mod offline;
 mod order;
 mod query;
@@ -65,6 +66,7 @@ pub use error::{AppendError, ReadError, StoreError, ViewError};
 pub use expire::{ExpireProgress, Held};
 pub use faults::Faults;
 pub use inspect::{InspectedBatch, InspectedSegment, inspect, inspect_segment};
+pub use loss::{Behind, Written};
 pub use offline::OfflineStore;
 pub use order::{CommittedPoint, OrderedStretch, StoreEvent};
 pub use read_only::ReadOnlyDisk;
@@ -263,6 +265,20 @@ impl Store {
         self.sb.generation = self.sb.generation.next();
         self.store_super()?;
         Ok(self.sb.generation)
+    }
+
+    /// Raises the generation durably up to `to`; nothing when it is there already.
+    ///
+    /// # Errors
+    /// As for [`Self::raise_generation`].
+    pub fn raise_generation_to(&mut self, to: Generation) -> Result<(), StoreError> {
+        self.check_alive()?;
+        if self.sb.generation >= to {
+            return Ok(());
+        }
+        self.forget_uncommitted();
+        self.sb.generation = to;
+        self.store_super()
     }
 
     /// Drops batches that were appended and not committed: their source is gone and will send

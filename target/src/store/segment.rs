@@ -162,7 +162,7 @@ impl Segment {
     }
 
     /// Reads header and tables of a batch and verifies them against its directory entry.
-    fn with_front(
+    pub(crate) fn with_front(
         &self,
         batch: &BatchPlace,
         bytes: &mut Vec<u8>,

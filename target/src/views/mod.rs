@@ -33,7 +33,7 @@ pub(crate) use block::Mark;
 use device::{Refused, ViewDevice};
 use flatten::Flatten;
 pub(crate) use flatten::{begin as flatten, stop as stop_flatten};
-pub(crate) use open::open;
+pub(crate) use open::{locate, open, open_as};
 use tend::Lost;
 pub(crate) use tend::serve_again;
 
@@ -208,6 +208,11 @@ impl Views {
         }
         open.opening += 1;
         Ok(Ticket(self))
+    }
+
+    /// Whether this one is open.
+    pub(crate) fn is_open(&self, view: ViewId) -> bool {
+        self.lock().views.contains_key(&view)
     }
 
     /// The open ones.

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use farshore_blkfilter::device::Device;
 use farshore_blkfilter::frontend::nbd::{self, Export, Exports, Server};
-use farshore_extent::{BlockSizes, Extent, PointKind, Problem, ViewId, VolumeSize, WallTime};
+use farshore_extent::{
+    BlockSizes, Extent, Lsn, PointId, PointKind, Problem, ViewId, VolumeSize, WallTime,
+};
 use farshore_protocol::admin::{OpenView, PointChoice, ViewInfo};
 use farshore_protocol::paths::{MAX_SOCKET_PATH, Paths};
 use tokio::net::TcpListener;
@@ -40,8 +42,42 @@ impl PointBytes for PointReader {
     }
 }
 
+/// A place that can be opened.
+pub(crate) struct Located {
+    pub(crate) lsn: Lsn,
+    /// Its capture time.
+    pub(crate) time: WallTime,
+    /// The point, when it is one.
+    pub(crate) point: Option<PointId>,
+}
+
+/// The place that a person means; it can be opened.
+pub(crate) async fn locate(
+    daemon: &Arc<Daemon>,
+    replica: &Arc<Replica>,
+    choice: &PointChoice,
+) -> Result<Located, Problem> {
+    let (place, chosen) = choose(daemon, replica, choice).await?;
+    let (reader, time) = read(replica, place).await?;
+    let (lsn, volume) = (reader.at(), replica.volume);
+    let known =
+        blocking(daemon, move |d| Ok(d.catalogue.lock().find_point(volume, &Wanted::At(lsn))?));
+    let point = if chosen.is_some() { chosen } else { known.await? };
+    let time = point.as_ref().map_or(time, |row| row.at.time);
+    Ok(Located { lsn, time, point: point.map(|row| row.point) })
+}
+
 /// Opens a view as `request` says.
 pub(crate) async fn open(daemon: &Arc<Daemon>, request: OpenView) -> Result<ViewInfo, Problem> {
+    open_as(daemon, request, ViewId::random()).await
+}
+
+/// The same under an identity that was chosen before.
+pub(crate) async fn open_as(
+    daemon: &Arc<Daemon>,
+    request: OpenView,
+    view: ViewId,
+) -> Result<ViewInfo, Problem> {
     let begun = Instant::now();
     let replica = daemon.replica(&request.volume)?;
     let _ticket = daemon.views.ticket(daemon.config.limits.views)?;
@@ -63,7 +99,7 @@ pub(crate) async fn open(daemon: &Arc<Daemon>, request: OpenView) -> Result<View
                 bytes => bytes.min(LARGEST_SCRATCH.bytes()),
             };
             let row = ViewRow {
-                view: ViewId::random(),
+                view,
                 volume: replica.volume,
                 lsn: reader.at(),
                 opened: WallTime::now(),

@@ -20,6 +20,7 @@ use super::block::{BlockDevice, Mark};
 use super::{View, Views, open};
 use crate::clock;
 use crate::daemon::{self, Daemon};
+use crate::failover;
 
 /// What is kept as evidence of such a view.
 const NOTE: &str = "closed by the daemon: its block device was taken away, and nobody used it";
@@ -111,6 +112,9 @@ impl Views {
         }
         let keep = daemon.config.limits.view_without_device.duration();
         for view in self.abandoned(Instant::now(), keep) {
+            if failover::owner_of(daemon, view).is_some() {
+                continue;
+            }
             if let Err(problem) = self.close(daemon, view, NOTE) {
                 tracing::warn!(%view, why = problem.why, "not closed: {problem}");
             }

@@ -11,6 +11,7 @@ mod source;
 mod compare;
 mod damage;
 mod enrolment;
+mod failover;
 mod hostile;
 mod kept_views;
 mod points_and_views;

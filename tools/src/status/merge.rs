@@ -8,6 +8,7 @@ use farshore_blkfilter::control::{
 };
 use farshore_extent::{CaptureOrder, PairState, Problem, VolumeId, VolumeName, WallTime};
 use farshore_protocol::admin::{AgentStatus, AgentVolume, ReplicaStatus, SpoolInfo};
+use farshore_protocol::failover::FailoverInfo;
 use serde::Serialize;
 
 use super::collect::Sides;
@@ -85,6 +86,10 @@ pub struct Row {
     pub throttle: Option<ThrottleInfo>,
     /// Target: what of the replica was read and verified.
     pub scrub: Option<ScrubInfo>,
+    /// Target: the failover, when there is one.
+    pub failover: Option<FailoverInfo>,
+    /// Source: it takes no writes, because it was failed over.
+    pub read_only: bool,
 }
 
 /// What of a replica was read and verified.
@@ -129,6 +134,7 @@ pub fn merge(sides: &Sides, now: WallTime) -> StatusReport {
     }
     for volume in sides.filterd.iter().flatten() {
         let (name, id) = (&volume.info.name, volume.info.volume);
+        volume.fenced.iter().for_each(|p| add(Some(name), p));
         if volume.verify.differing_bytes > 0 {
             add(Some(name), &compare::differs(name, &volume.verify));
         }
@@ -204,6 +210,8 @@ fn of_replica(r: &ReplicaStatus) -> Row {
             verified_bytes: r.scrub_bytes,
             unverified_bytes: r.unverified_bytes,
         }),
+        failover: r.failover.clone(),
+        read_only: false,
     }
 }
 
@@ -218,7 +226,8 @@ fn of_source(
     let wanted = v.info.point_interval_ms.filter(|ms| *ms > 0);
     let late = rpo.is_none() || wanted.zip(rpo).is_some_and(|(w, r)| r > w.saturating_mul(2));
     let connected = agent.is_some_and(|a| a.connected);
-    let state = match (v.order, known.is_some_and(AgentVolume::is_broken)) {
+    let broken = v.fenced.is_some() || known.is_some_and(AgentVolume::is_broken);
+    let state = match (v.order, broken) {
         (_, true) => PairState::Broken,
         (CaptureOrder::CatchUp, false) if newest.is_none() => PairState::InitialSync,
         (CaptureOrder::CatchUp, false) => PairState::CatchUp,
@@ -264,6 +273,8 @@ fn of_source(
         intent: v.intent.clone(),
         throttle: v.throttle,
         scrub: None,
+        failover: None,
+        read_only: v.read_only,
     }
 }
 
@@ -281,6 +292,7 @@ fn both(target: Row, source: Row) -> Row {
         verify: source.verify,
         intent: source.intent,
         throttle: source.throttle,
+        read_only: source.read_only,
         ..target
     }
 }

@@ -56,6 +56,7 @@ pub fn text(report: &StatusReport, out: &Out) -> String {
     text.push_str(&scrubs(&report.volumes));
     text.push_str(&spools(report));
     text.push_str(&throttles(&report.volumes));
+    text.push_str(&failovers(&report.volumes));
     text.push_str(&problems(&report.problems));
     text
 }
@@ -157,6 +158,24 @@ fn throttles(rows: &[Row]) -> String {
         ))
     };
     let lines: String = rows.iter().filter_map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// What was failed over, and what its old source does.
+fn failovers(rows: &[Row]) -> String {
+    let line = |row: &Row| {
+        let name = &row.volume;
+        let here = row.failover.as_ref().map(|f| {
+            let (phase, time) = (f.phase.as_str(), units::instant(f.time));
+            let since = units::instant(f.fenced_since);
+            format!("{name}: failed over to {time}, {phase}; its source is fenced since {since}\n")
+        });
+        let there = row
+            .read_only
+            .then(|| format!("{name}: takes no writes on this host, because it was failed over\n"));
+        here.unwrap_or_default() + &there.unwrap_or_default()
+    };
+    let lines: String = rows.iter().map(line).collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
@@ -273,6 +292,7 @@ pub mod tests_data {
             unverified_bytes: 0,
             last_drill: Some(back(180_000)),
             problems: Vec::new(),
+            failover: None,
         }
     }
 
@@ -348,6 +368,8 @@ pub mod tests_data {
             backing_errors: 0,
             intent: Some(IntentInfo { marked: 7, cap: 1024, region_bytes: 16 << 20, kept: true }),
             throttle: Some(ThrottleInfo { longest_ms: 20, delay_ms: 5, writes: 31 }),
+            fenced: None,
+            read_only: false,
         };
         let agent = AgentStatus {
             target: "backup:9443".into(),

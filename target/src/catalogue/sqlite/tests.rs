@@ -106,12 +106,10 @@ fn points_are_found_by_what_people_say_and_listed_in_pieces() {
 fn a_catalogue_of_the_first_version_is_taken_over() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("c.sqlite");
-    let old = SCHEMA
-        .replace(", policy TEXT NOT NULL DEFAULT ''", "")
-        .replace("user_version = 3", "user_version = 1");
+    let old = SCHEMA.replace(", policy TEXT NOT NULL DEFAULT ''", "");
     let (views, rest) = old.split_once(", time INTEGER, point INTEGER,\n").unwrap();
     let (_, rest) = rest.split_once("flatten_why TEXT").unwrap();
-    let old = format!("{views}{rest}");
+    let old = format!("{views}{rest}PRAGMA user_version = 1;");
     let db = Connection::open(&file).unwrap();
     db.execute_batch(&old).unwrap();
     let row = "INSERT INTO volumes VALUES (zeroblob(16), 'v', zeroblob(16), 1048576, 512,

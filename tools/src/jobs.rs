@@ -135,7 +135,7 @@ mod tests {
             problem: None,
             view: None,
         };
-        let document = crate::output::document(SCHEMA, "jobs", &[job.clone()]);
+        let document = crate::output::document(SCHEMA, "jobs", std::slice::from_ref(&job));
         crate::status::golden::same("jobs.json", &document);
         let text = text(&[job], at(61));
         assert!(text.contains("j-88") && text.contains("1m01s ago"), "{text}");

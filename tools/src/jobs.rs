@@ -135,9 +135,10 @@ mod tests {
             problem: None,
             view: None,
         };
-        let document = crate::output::document(SCHEMA, "jobs", std::slice::from_ref(&job));
+        let jobs = [job];
+        let document = crate::output::document(SCHEMA, "jobs", &jobs);
         crate::status::golden::same("jobs.json", &document);
-        let text = text(&[job], at(61));
+        let text = text(&jobs, at(61));
         assert!(text.contains("j-88") && text.contains("1m01s ago"), "{text}");
     }
 }

@@ -344,7 +344,7 @@ impl State {
         let oldest = self.current.unwrap_or(Generation::ZERO);
         let rules = [
             (self.views.len() <= 1, "one point is open at most"),
-            (!(taking && !self.views.is_empty()), "a source and an open point are current at once"),
+            (!taking || self.views.is_empty(), "a source and an open point are current at once"),
             (
                 self.sender.is_none_or(|s| s >= oldest) || !taking,
                 "a source of before the failover is taken",

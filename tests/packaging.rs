@@ -6,8 +6,12 @@ use std::path::{Path, PathBuf};
 
 use harness::{farshore_bin, run, said};
 
-const UNITS: [&str; 3] =
-    ["farshore-filterd.service", "farshore-agent.service", "farshore-target.service"];
+const UNITS: [&str; 4] = [
+    "farshore-filterd.service",
+    "farshore-agent.service",
+    "farshore-target.service",
+    "farshore-freezer.service",
+];
 
 fn source(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tools").join(path)
@@ -54,6 +58,19 @@ fn a_unit_never_gives_filterd_a_mount_namespace_or_keeps_block_devices_from_it()
         assert!(found.is_none(), "{found:?}");
     }
     for needed in ["Restart=always", "RestartSec=100ms", "StartLimitIntervalSec=0"] {
+        assert!(settings.contains(&needed), "{needed}");
+    }
+}
+
+#[test]
+fn a_unit_never_takes_the_freezers_mounts_or_kills_its_watchdog() {
+    let text = std::fs::read_to_string(source("systemd/farshore-freezer.service")).expect("unit");
+    let settings: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).collect();
+    for forbidden in ["Private", "Protect", "ReadOnly", "ReadWrite", "Temporary", "Bind"] {
+        let found = settings.iter().find(|l| l.starts_with(forbidden));
+        assert!(found.is_none(), "{found:?}");
+    }
+    for needed in ["KillMode=process", "Restart=always", "StartLimitIntervalSec=0"] {
         assert!(settings.contains(&needed), "{needed}");
     }
 }

@@ -2,7 +2,9 @@
 //! turns everything that happens into events. Decides nothing about the log itself.
 
 mod drain;
+mod quiet;
 mod renewal;
+mod tell;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -10,18 +12,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farshore_blkfilter::control::{MarkerPlaced, MarkerRequest, VolumeStatus};
-use farshore_extent::{
-    CaptureOrder, GroupId, Lsn, MarkerId, PointKind, Problem, Seq, VolumeId, WallTime,
-};
+use farshore_extent::{CaptureOrder, GroupId, Lsn, MarkerId, PointKind, Problem, Seq, VolumeId};
 use farshore_protocol::failover::FENCED;
-use farshore_protocol::message::{FromAgent, FromTarget, VolumeReport};
+use farshore_protocol::message::{FromAgent, FromTarget};
 use farshore_protocol::paths::Paths;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::batch::FeedOptions;
 use crate::config::Config;
-use crate::event_log::{Changes, EventLog, Sight};
+use crate::event_log::{Changes, EventLog};
+use crate::freezer_line::FromFreezer;
 use crate::identity::{Identity, NewKey};
 use crate::intake::{self, Intake};
 use crate::keeper::{Budget, Keeper};
@@ -32,11 +33,14 @@ use crate::link::{Greeting, Link, LinkConfig, Outbox};
 use crate::memory::MemoryFile;
 use crate::points::Points;
 use crate::problem;
+use crate::quiet::{self as quiet_points, By};
 use crate::report::{Replica, Reporter};
 use crate::session::{
     Action, Event, Jitter, LinkFailure, LinkState, Session, SessionConfig, VolumeFacts,
 };
 use crate::status::Board;
+pub(crate) use quiet::LocalTag;
+use quiet::Quieting;
 
 /// Everything that can happen to the driver.
 #[derive(Debug)]
@@ -51,6 +55,10 @@ pub(crate) enum Input {
     Received(u64, FromTarget),
     /// The connection with this number is gone.
     Down(u64, LinkFailure),
+    /// Of the line to the freezer.
+    Freezer(FromFreezer),
+    /// A person at this host wants a point.
+    Local(LocalTag),
 }
 
 struct Connection {
@@ -76,6 +84,7 @@ pub(crate) struct Driver {
     budget: Arc<Budget>,
     leftovers: Leftovers,
     points: Points,
+    quiet: Quieting,
     volumes: BTreeMap<VolumeId, VolumeStatus>,
     /// How often filterd has listed them.
     listings: u64,
@@ -99,6 +108,7 @@ impl Driver {
         let socket = config.filterd_socket(&paths);
         let line = Line::spawn(socket.clone(), Box::new(sink));
         let line = line.map_err(|e| problem::file("start the thread for", &socket, &e))?;
+        let quiet = Quieting::new(&paths, &inputs)?;
         let most = config.spool_max.map(|max| max.bytes());
         let spools = config.spool_dir(&paths);
         let budget = Budget::new(spools.clone(), most, config.spool_percent);
@@ -122,6 +132,7 @@ impl Driver {
             intakes: BTreeMap::new(),
             line,
             points: Points::default(),
+            quiet,
             volumes: BTreeMap::new(),
             listings: 0,
             reporter: Reporter::default(),
@@ -148,6 +159,7 @@ impl Driver {
     pub(crate) async fn tick(&mut self) {
         self.step(Event::Tick).await;
         self.cut_points();
+        self.cut_app_points();
         if self.next_report <= self.now() {
             self.next_report = self.now() + LIST_INTERVAL;
             self.send_reports();
@@ -211,6 +223,11 @@ impl Driver {
                 self.filterd_problem = Some(problem);
             }
             Input::Filterd(FromFilterd::Marked(purpose, result)) => self.marked(purpose, result),
+            Input::Filterd(FromFilterd::Resolved(marker, commit, result)) => {
+                self.resolved(marker, commit, result);
+            }
+            Input::Freezer(report) => self.freezer(report),
+            Input::Local(tag) => self.tag_here(tag),
             Input::Up(number) if self.is_current(number) => {
                 if let Some(connection) = &mut self.connection {
                     connection.up = true;
@@ -473,11 +490,13 @@ impl Driver {
         }
     }
 
+    fn is_ordered(&self, volume: VolumeId) -> bool {
+        self.volumes.get(&volume).is_some_and(|v| v.order == CaptureOrder::Ordered)
+    }
+
     fn cut_points(&mut self) {
-        let ordered = |volume| {
-            let order = self.volumes.get(&volume).map(|v| v.order);
-            order == Some(CaptureOrder::Ordered)
-        };
+        let ordered =
+            |v: VolumeId| self.volumes.get(&v).is_some_and(|v| v.order == CaptureOrder::Ordered);
         for volumes in self.points.due(self.start.elapsed(), ordered) {
             let request = marker(volumes, PointKind::Crash, String::new());
             let asked =
@@ -489,11 +508,12 @@ impl Driver {
     }
 
     fn tag(&mut self, request: u64, volumes: Vec<VolumeId>, kind: PointKind, name: String) {
-        let ready =
-            |v: &VolumeId| self.volumes.get(v).is_some_and(|s| s.order == CaptureOrder::Ordered);
+        let ready = |v: &VolumeId| self.is_ordered(*v);
         // An empty list would mean all volumes of the host.
         let result = if volumes.is_empty() || !volumes.iter().all(ready) {
             Err(problem::not_ordered(&self.names(volumes.iter().filter(|v| !ready(v)))))
+        } else if kind == PointKind::App {
+            return self.want(By::Target(request), volumes, name, true);
         } else if self.line.mark(Purpose::Tag { request }, marker(volumes, kind, name)) {
             return;
         } else {
@@ -518,47 +538,23 @@ impl Driver {
             (Purpose::Policy, Err(problem)) => {
                 tracing::debug!(%problem, "no point was cut");
             }
+            (Purpose::Quiet, result) => {
+                let result = result.and_then(|placed| self.whole(placed));
+                self.quiet_step(quiet_points::Event::Marked(result));
+            }
             (Purpose::Tag { request }, result) => {
-                let result = result.and_then(|placed| {
-                    if placed.not_ordered.is_empty() {
-                        Ok(placed.lsn)
-                    } else {
-                        Err(problem::not_ordered(&self.names(placed.not_ordered.iter())))
-                    }
-                });
+                let result = result.and_then(|placed| self.whole(placed)).map(|p| p.lsn);
                 self.send(FromAgent::Tagged { request, result });
             }
         }
     }
 
-    fn send_reports(&self) {
-        if !matches!(self.session.link(), LinkState::Up { .. }) || self.filterd_problem.is_some() {
-            return;
+    /// The marker, when every volume carries it.
+    fn whole(&self, placed: MarkerPlaced) -> Result<MarkerPlaced, Problem> {
+        match &placed.not_ordered[..] {
+            [] => Ok(placed),
+            not => Err(problem::not_ordered(&self.names(not.iter()))),
         }
-        for status in self.volumes.values() {
-            self.send(FromAgent::Report(VolumeReport {
-                volume: status.info.volume,
-                captured: status.captured,
-                backlog_bytes: status.pool_used + self.reporter.spooled(status.info.volume),
-                copy_remaining: status.copy.remaining_bytes,
-                copy_total: status.copy.total_bytes,
-                copy_rate: status.copy.bytes_per_second,
-                reason: status.reason.clone(),
-                now: WallTime::now(),
-            }));
-        }
-    }
-
-    pub(crate) fn show(&mut self) {
-        let address = self.config.target.as_deref().unwrap_or(&self.identity.target);
-        let since = self.start.elapsed();
-        let filterd = self.filterd_problem.as_ref();
-        let status = self.reporter.status(address, &self.session, filterd, since);
-        let (link, volumes, shipped) = (self.session.link(), &self.volumes, &status.volumes);
-        let sight = Sight { address, link, filterd, volumes, shipped };
-        let events = self.changes.look(&sight, WallTime::now());
-        events.into_iter().for_each(|event| self.events.add(event));
-        self.board.show(status);
     }
 }
 

@@ -4,7 +4,8 @@
 //! reads payload from the mapped pool; [`batch`] builds batches from them; [`supply`] keeps them in
 //! order, in memory or in the [`spool`]; [`session`] (a state machine without I/O) decides what is
 //! sent, resent and released; [`link`] carries it over TLS. [`keeper`] has the rules of the spool.
-//! [`points`] cuts recovery points at the target's interval, [`status`] answers people, and [`event_log`]
+//! [`points`] cuts recovery points at the target's interval, [`quiet`] those for which applications
+//! are made quiet by the freezer ([`freezer_line`]); [`status`] answers people, and [`event_log`]
 //! keeps what has happened for them.
 //!
 //! The agent needs no privileges, opens no port, and holds nothing in memory that it could lose: what
@@ -18,6 +19,7 @@ mod driver;
 mod durable_fs;
 mod enroll;
 pub mod event_log;
+pub mod freezer_line;
 pub mod identity;
 pub mod intake;
 pub mod keeper;
@@ -28,6 +30,7 @@ pub mod link;
 pub mod memory;
 pub mod points;
 mod problem;
+pub mod quiet;
 mod reach;
 mod report;
 mod run;

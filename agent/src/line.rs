@@ -14,7 +14,7 @@ use std::time::Instant;
 use farshore_blkfilter::control::{
     Client, CompareAnswer, MarkerPlaced, MarkerRequest, VolumeStatus,
 };
-use farshore_extent::{Code, Lsn, Problem, VolumeId};
+use farshore_extent::{Code, Lsn, MarkerId, Problem, VolumeId};
 
 use crate::answers::Answers;
 use crate::limits::LIST_INTERVAL;
@@ -36,6 +36,8 @@ pub enum Purpose {
         /// Comes back in the answer.
         request: u64,
     },
+    /// Applications were to be made quiet for it.
+    Quiet,
 }
 
 /// What the thread reports.
@@ -47,6 +49,8 @@ pub enum FromFilterd {
     Lost(Problem),
     /// The outcome of a marker.
     Marked(Purpose, Result<MarkerPlaced, Problem>),
+    /// The outcome of a pending marker was told, or could not be.
+    Resolved(MarkerId, bool, Result<(), Problem>),
 }
 
 /// Takes reports.
@@ -58,6 +62,8 @@ struct Work {
     answers: BTreeMap<VolumeId, Answers>,
     markers: VecDeque<(Purpose, MarkerRequest)>,
     fences: BTreeMap<VolumeId, Option<Problem>>,
+    /// Told in order, each once, before new markers are cut.
+    resolves: VecDeque<(MarkerId, bool)>,
     /// List the volumes at once.
     look: bool,
     exit: bool,
@@ -69,6 +75,7 @@ impl Work {
             && self.fences.is_empty()
             && !self.look
             && self.markers.is_empty()
+            && self.resolves.is_empty()
             && self.releases.is_empty()
             && self.answers.is_empty()
     }
@@ -151,6 +158,12 @@ impl Line {
         self.shared.changed.notify_all();
         true
     }
+
+    /// Commits or aborts a pending marker; answered by [`FromFilterd::Resolved`].
+    pub fn resolve(&self, marker: MarkerId, commit: bool) {
+        self.shared.lock().resolves.push_back((marker, commit));
+        self.shared.changed.notify_all();
+    }
 }
 
 impl Drop for Line {
@@ -177,8 +190,13 @@ impl Worker {
     fn run(mut self) {
         let mut next_list = Instant::now();
         loop {
-            let Work { releases, answers, markers, fences, look, exit } = self.wait(next_list);
+            let Work { releases, answers, markers, fences, resolves, look, exit } =
+                self.wait(next_list);
             self.fence(fences);
+            for (marker, commit) in resolves {
+                let result = self.call(|c| c.resolve_marker(marker, commit));
+                (self.sink)(FromFilterd::Resolved(marker, commit, result));
+            }
             for (purpose, request) in markers {
                 let result = self.call(|c| c.marker(request));
                 (self.sink)(FromFilterd::Marked(purpose, result));

@@ -186,6 +186,17 @@ pub fn not_ordered(volumes: &str) -> Problem {
     )
 }
 
+/// FS-5210: the agent is stopping.
+#[must_use]
+pub fn stopping() -> Problem {
+    Problem::harmless(
+        5210,
+        "the agent is stopping: no point was cut",
+        "it was asked to stop before it could answer",
+        "try again when it runs",
+    )
+}
+
 /// FS-5211: the spool's disk failed.
 #[must_use]
 pub fn spool_failed(volume: &str, dir: &Path, why: &dyn Display) -> Problem {

@@ -49,8 +49,9 @@ pub async fn run(
     let file = paths.state.join("agent/events.json");
     let events = EventLog::open(file.clone());
     let events = events.map_err(|e| problem::file("start the thread for", &file, &e))?;
-    let serve = tokio::spawn(status::serve(listener, board.clone(), events.clone()));
     let (sender, mut inputs) = mpsc::channel(CHANNEL);
+    let shown = (board.clone(), events.clone());
+    let serve = tokio::spawn(status::serve(listener, shown, sender.clone()));
     let socket = paths.agent_socket();
     let mut driver = Driver::new((config, paths, identity), sender, (board, events))?;
     tracing::info!(target = driver.address(), "the agent is running");

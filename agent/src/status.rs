@@ -6,12 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use farshore_changelog::codec;
-use farshore_extent::Problem;
-use farshore_protocol::admin::{AgentReply, AgentRequest, AgentStatus};
+use farshore_extent::{Problem, VolumeName};
+use farshore_protocol::admin::{AgentReply, AgentRequest, AgentStatus, CutPoint};
 use farshore_protocol::paths::Paths;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
+use crate::driver::{Input, LocalTag};
 use crate::event_log::EventLog;
 use crate::problem;
 
@@ -64,7 +67,11 @@ pub fn listen(paths: &Paths) -> Result<UnixListener, Problem> {
 }
 
 /// Answers until dropped.
-pub async fn serve(listener: UnixListener, board: Board, events: EventLog) {
+pub(crate) async fn serve(
+    listener: UnixListener,
+    (board, events): (Board, EventLog),
+    inputs: mpsc::Sender<Input>,
+) {
     let own = nix::unistd::geteuid().as_raw();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
@@ -75,10 +82,9 @@ pub async fn serve(listener: UnixListener, board: Board, events: EventLog) {
         // The mode of the socket is set after it exists; this closes the gap.
         let allowed = stream.peer_cred().is_ok_and(|c| c.uid() == own || c.uid() == 0);
         if allowed {
-            let (board, events) = (board.clone(), events.clone());
+            let (board, events, inputs) = (board.clone(), events.clone(), inputs.clone());
             tokio::spawn(async move {
-                let served = tokio::time::timeout(IDLE, answer(stream, &board, &events)).await;
-                if let Ok(Err(error)) = served {
+                if let Err(error) = answer(stream, (&board, &events), &inputs).await {
                     tracing::debug!(%error, "a status client left");
                 }
             });
@@ -86,10 +92,14 @@ pub async fn serve(listener: UnixListener, board: Board, events: EventLog) {
     }
 }
 
-async fn answer(mut stream: UnixStream, board: &Board, events: &EventLog) -> io::Result<()> {
+async fn answer(
+    mut stream: UnixStream,
+    (board, events): (&Board, &EventLog),
+    inputs: &mpsc::Sender<Input>,
+) -> io::Result<()> {
     let invalid = |e: String| io::Error::new(io::ErrorKind::InvalidData, e);
     loop {
-        let len = match stream.read_u32_le().await {
+        let len = match timeout(IDLE, stream.read_u32_le()).await? {
             Ok(len) => usize::try_from(len).unwrap_or(usize::MAX),
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(e) => return Err(e),
@@ -98,14 +108,30 @@ async fn answer(mut stream: UnixStream, board: &Board, events: &EventLog) -> io:
             return Err(invalid(format!("request of {len} bytes")));
         }
         let mut body = vec![0; len];
-        stream.read_exact(&mut body).await?;
+        timeout(IDLE, stream.read_exact(&mut body)).await??;
         let reply: Result<AgentReply, Problem> =
             match codec::decode(&body).map_err(|e| invalid(e.to_string()))? {
                 AgentRequest::Status => Ok(AgentReply::Status(board.read())),
                 AgentRequest::Events { limit } => Ok(AgentReply::Events(events.newest(limit))),
+                AgentRequest::Tag { volumes, name, app } => {
+                    tag(inputs, volumes, name, app).await.map(AgentReply::Tagged)
+                }
             };
         let mut framed = Vec::new();
         codec::write_message(&mut framed, &reply)?;
-        stream.write_all(&framed).await?;
+        timeout(IDLE, stream.write_all(&framed)).await??;
     }
+}
+
+/// Has the driver cut a point, and waits for that.
+async fn tag(
+    inputs: &mpsc::Sender<Input>,
+    volumes: Vec<VolumeName>,
+    name: String,
+    app: bool,
+) -> Result<CutPoint, Problem> {
+    let (reply, answer) = oneshot::channel();
+    let wanted = inputs.send(Input::Local(LocalTag { volumes, name, app, reply })).await;
+    wanted.map_err(|_| problem::stopping())?;
+    answer.await.map_err(|_| problem::stopping())?
 }

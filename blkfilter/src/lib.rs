@@ -15,6 +15,7 @@ pub mod device;
 pub mod durable_fs;
 pub mod filter;
 pub mod filterd;
+pub mod freezer;
 pub mod frontend;
 pub mod pool;
 pub mod preflight;

@@ -30,6 +30,8 @@ const MAX_CONNECTIONS: usize = 64;
 const IDLE: Duration = Duration::from_secs(300);
 /// Most bytes of entries in one answer: the rest of a message's limit is for its frame.
 const ANSWER_BYTES: usize = MAX_CONTROL_MESSAGE - 4096;
+/// What the hooks of a source may add to the time that a tag takes.
+const HOOKS: Duration = Duration::from_secs(330);
 /// Events that fit one answer whatever is in them.
 const MAX_EVENTS: u32 = 1000;
 
@@ -207,18 +209,23 @@ async fn points(
     blocking(daemon, move |d| {
         let rows = d.catalogue.lock().points(replica.volume, before, limit)?;
         let mut bytes = 0;
-        let fits = |info: &PointInfo| {
+        let mut fits = |info: &PointInfo| {
             // The texts, their lengths and the numbers, rounded up.
-            bytes += 128 + info.name.len() + info.volume.as_str().len();
+            let note = info.note.as_ref().map_or(0, |note| {
+                note.what.len() + note.risk.len() + note.why.len() + note.next.len() + 64
+            });
+            bytes += 128 + info.name.len() + info.volume.as_str().len() + note;
             bytes <= ANSWER_BYTES
         };
-        Ok(rows.into_iter().map(|row| info(&volume, row)).take_while(fits).collect())
+        let infos = rows.into_iter().map(|row| info(d, &volume, row));
+        infos.take_while(|info| info.as_ref().map_or(true, &mut fits)).collect()
     })
     .await
 }
 
-fn info(volume: &VolumeName, row: PointRow) -> PointInfo {
-    PointInfo {
+fn info(daemon: &Daemon, volume: &VolumeName, row: PointRow) -> Result<PointInfo, Problem> {
+    let note = daemon.catalogue.lock().point_note(row.volume, row.at.lsn)?;
+    Ok(PointInfo {
         point: row.point,
         volume: volume.clone(),
         lsn: row.at.lsn,
@@ -226,7 +233,8 @@ fn info(volume: &VolumeName, row: PointRow) -> PointInfo {
         kind: row.at.kind,
         name: row.at.name,
         pinned: row.pinned,
-    }
+        note,
+    })
 }
 
 /// Asks the source for a named marker and waits until it is a point here.
@@ -252,12 +260,15 @@ async fn tag(
     let ids = replicas.iter().map(|replica| replica.volume).collect();
     let answer = daemon.sessions.tag(host, ids, kind, tag);
     let answer = answer.ok_or_else(|| problem::not_tagged("the source is not connected"))?;
-    let limit = daemon.config.limits.tag_timeout.duration();
+    let mut limit = daemon.config.limits.tag_timeout.duration();
+    if kind == PointKind::App {
+        limit += HOOKS;
+    }
     let durable = async {
         let placed = answer.await;
         let lsn = placed.map_err(|_| problem::not_tagged("the source has disconnected"))??;
         for replica in &replicas {
-            replica.wait_for_points(lsn).await;
+            point_arrives(daemon, replica, lsn, kind).await?;
         }
         Ok(lsn)
     };
@@ -271,11 +282,32 @@ async fn tag(
             let row = row.ok_or_else(|| {
                 problem::not_tagged(format!("{} was catching up at that moment", replica.name()))
             })?;
-            made.push(info(&replica.name(), row));
+            made.push(info(d, &replica.name(), row)?);
         }
         Ok(made)
     })
     .await
+}
+
+/// Waits until the marker at `lsn` is a point, or, unless it may wait for its commit, never will be.
+async fn point_arrives(
+    daemon: &Arc<Daemon>,
+    replica: &Arc<Replica>,
+    lsn: Lsn,
+    kind: PointKind,
+) -> Result<(), Problem> {
+    let mut upto = lsn;
+    loop {
+        let reached = replica.wait_for_points(upto).await;
+        let volume = replica.volume;
+        let found = blocking(daemon, move |d| {
+            Ok(d.catalogue.lock().find_point(volume, &Wanted::At(lsn))?.is_some())
+        });
+        if found.await? || kind != PointKind::App {
+            return Ok(());
+        }
+        upto = crate::store::behind(reached);
+    }
 }
 
 fn hosts(daemon: &Daemon) -> Result<Vec<HostInfo>, Problem> {

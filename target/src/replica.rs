@@ -211,10 +211,11 @@ impl Replica {
         self.points_upto.send_replace(lsn);
     }
 
-    /// Waits until all markers up to `lsn` are points, or never will be.
-    pub(crate) async fn wait_for_points(&self, lsn: Lsn) {
+    /// Waits until all markers up to `lsn` are points, are pending, or never will be. Returns up to
+    /// where that is so.
+    pub(crate) async fn wait_for_points(&self, lsn: Lsn) -> Lsn {
         let mut upto = self.points_upto.subscribe();
         // The sender lives in self, so this ends only with the value.
-        let _ = upto.wait_for(|reached| *reached >= lsn).await;
+        upto.wait_for(|reached| *reached >= lsn).await.map_or(lsn, |reached| *reached)
     }
 }

@@ -290,7 +290,7 @@ impl Site {
     /// What every daemon has logged.
     pub fn logs(&self) -> String {
         let mut all = String::new();
-        for role in ["target", "filterd", "agent"] {
+        for role in ["target", "filterd", "agent", "freezer"] {
             let mut text = String::new();
             if let Ok(mut file) = File::open(self.root().join(format!("{role}.log"))) {
                 file.read_to_string(&mut text).ok();
@@ -330,7 +330,7 @@ impl Site {
     pub fn agent_status(&self) -> Option<AgentStatus> {
         match ask(&self.paths.agent_socket(), &AgentRequest::Status) {
             Ok(AgentReply::Status(status)) => Some(status),
-            Ok(AgentReply::Events(_)) | Err(_) => None,
+            Ok(AgentReply::Events(_) | AgentReply::Tagged(_)) | Err(_) => None,
         }
     }
 

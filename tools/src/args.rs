@@ -127,6 +127,8 @@ pub enum Command {
     Filterd,
     /// Run the agent that ships changes to the target
     Agent,
+    /// Run the role that makes applications quiet for a point (on the source host)
+    Freezer,
     /// Copy a point out of a replica's folder, without daemons, catalogue or network
     Extract(extract::ExtractArgs),
     /// Verify a replica's folder
@@ -192,6 +194,7 @@ pub fn dispatch(cli: &Cli, out: &Out) -> Result<Exit, Failure> {
         Command::Target(command) => roles::target(command, global, out),
         Command::Filterd => roles::filterd(global),
         Command::Agent => roles::agent(global),
+        Command::Freezer => roles::freezer(global),
         Command::Extract(args) => extract::run(args, global, out),
         Command::Store(command) => store::run(command, global, out),
         Command::Journal(command) => journal::run(command, global, out),

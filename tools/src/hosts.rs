@@ -99,7 +99,7 @@ fn all_events(paths: &Paths, limit: u32) -> Result<Vec<EventInfo>, Problem> {
         });
     let agent = rpc::agent(paths, &AgentRequest::Events { limit }).and_then(|reply| match reply {
         AgentReply::Events(events) => Ok(events),
-        AgentReply::Status(_) => Err(rpc::unexpected(Role::Agent)),
+        AgentReply::Status(_) | AgentReply::Tagged(_) => Err(rpc::unexpected(Role::Agent)),
     });
     let mut events = match (target, agent) {
         (Ok(target), Ok(agent)) => [target, agent].concat(),

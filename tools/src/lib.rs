@@ -23,6 +23,7 @@ mod explain;
 mod extract;
 mod failover;
 mod filterd_file;
+mod freezer_file;
 mod hosts;
 mod jobs;
 mod journal;
@@ -43,6 +44,7 @@ mod volume;
 use std::process::ExitCode;
 
 pub use exit::{Exit, Failure};
+use farshore_blkfilter::freezer;
 use farshore_blkfilter::frontend::ublk;
 
 /// The first word with which this program starts itself to be a daemon's helper.
@@ -55,6 +57,10 @@ const UBLK_HELPER: &str = "ublk-helper";
 pub fn command_line() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|word| word == UBLK_HELPER) {
         return if ublk::help().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    if std::env::args_os().nth(1).is_some_and(|word| word == freezer::WATCHDOG) {
+        let watched = freezer::watch(std::env::args_os().skip(2));
+        return if watched.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     ublk::use_helper(UBLK_HELPER);
     let cli = match args::parse(std::env::args_os()) {

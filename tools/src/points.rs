@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 use farshore_extent::{PointKind, Problem, VolumeName, WallTime};
-use farshore_protocol::admin::{PointInfo, TargetReply, TargetRequest};
+use farshore_protocol::admin::{AgentReply, AgentRequest, PointInfo, TargetReply, TargetRequest};
 
 use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
@@ -30,7 +30,7 @@ pub enum PointCommand {
         /// Name of the point, to be used as `--point tag:NAME`
         #[arg(long)]
         name: String,
-        /// The application is quiet now: label it application-consistent
+        /// Make the applications quiet for it: hooks and freeze, as freezer.toml on the source says
         #[arg(long)]
         app: bool,
     },
@@ -57,6 +57,11 @@ fn list(points: &[PointInfo], limit: u32, out: &Out) {
         return;
     }
     out.text(&text(points, WallTime::now()));
+    for point in points {
+        if let Some(note) = &point.note {
+            out.line(format!("{} {note}: {}", point.point, note.why));
+        }
+    }
     if points.is_empty() {
         out.hint("no point yet: the first is cut when the first copy is complete");
     } else if u32::try_from(points.len()) == Ok(limit) {
@@ -108,7 +113,11 @@ fn tag(
         name: name.to_owned(),
         kind: if app { PointKind::App } else { PointKind::Crash },
     };
-    let TargetReply::Tagged(points) = rpc::target(&global.paths(), &request)? else {
+    let paths = global.paths();
+    if !paths.target_socket().exists() && paths.agent_socket().exists() {
+        return tag_here(volumes, name, app, global, out);
+    }
+    let TargetReply::Tagged(points) = rpc::target(&paths, &request)? else {
         return Err(rpc::unexpected(Role::Target).into());
     };
     if out.json {
@@ -120,7 +129,49 @@ fn tag(
         }
         out.hint(format!("open it: farshore failover test {} --point 'tag:{name}'", volumes[0]));
     }
-    Ok(if points.len() == volumes.len() { Exit::Ok } else { Exit::Partial })
+    let less = points.iter().find(|p| app && p.kind != PointKind::App);
+    if let (Some(point), false) = (less, out.json) {
+        tell_kind(point.kind, point.note.as_ref(), out);
+    }
+    Ok(if points.len() == volumes.len() && less.is_none() { Exit::Ok } else { Exit::Partial })
+}
+
+/// On a source host: the agent cuts it, and it arrives at the target with the changes before it.
+fn tag_here(
+    volumes: &[VolumeName],
+    name: &str,
+    app: bool,
+    global: &Global,
+    out: &Out,
+) -> Result<Exit, Failure> {
+    let request = AgentRequest::Tag { volumes: volumes.to_vec(), name: name.to_owned(), app };
+    let AgentReply::Tagged(cut) = rpc::agent(&global.paths(), &request)? else {
+        return Err(rpc::unexpected(Role::Agent).into());
+    };
+    let less = app && cut.kind != PointKind::App;
+    if out.json {
+        out.document("farshore.cut-point/1", "point", &cut);
+    } else {
+        let time = units::instant(cut.time);
+        out.line(format!("\"{name}\" was cut at {time}, place {}; it is on its way", cut.lsn));
+        if less {
+            tell_kind(cut.kind, cut.note.as_ref(), out);
+        }
+    }
+    Ok(if less { Exit::Partial } else { Exit::Ok })
+}
+
+/// Says what a point is instead of application-consistent, and why.
+fn tell_kind(kind: PointKind, note: Option<&Problem>, out: &Out) {
+    out.line(format!("not application-consistent: its kind is {}", kind.as_str()));
+    match note {
+        Some(note) => {
+            out.line(format!("  {note}"));
+            out.line(format!("  why    {}", note.why));
+            out.line(format!("  next   {}", note.next));
+        }
+        None => out.line("  the agent's log on the source says why (farshore event list there)"),
+    }
 }
 
 #[cfg(test)]
@@ -138,6 +189,7 @@ mod tests {
             kind: PointKind::App,
             name: "before-upgrade".into(),
             pinned: true,
+            note: None,
         }
     }
 

@@ -18,7 +18,7 @@ use farshore_target::{InitOptions, init};
 use crate::args::{Global, volume_name};
 use crate::exit::{Exit, Failure};
 use crate::output::Out;
-use crate::{filterd_file, notify, rpc, units};
+use crate::{filterd_file, freezer_file, notify, rpc, units};
 
 /// Between two lines of progress.
 const TELL: Duration = Duration::from_secs(10);
@@ -295,13 +295,26 @@ pub fn agent(global: &Global) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
+/// `farshore freezer`.
+pub fn freezer(global: &Global) -> Result<Exit, Failure> {
+    start_log(global);
+    let paths = global.paths();
+    let file = global.config.clone().unwrap_or_else(|| freezer_file::path(&paths));
+    let load = Box::new(move || freezer_file::load(&file));
+    farshore_blkfilter::freezer::run(&paths.run, &paths.state, load, notify::ready)?;
+    Ok(Exit::Ok)
+}
+
 /// The configuration files that this host can have, each with what is wrong in it. One that does
 /// not exist may be wrong, too.
-pub fn configurations(paths: &Paths) -> [(PathBuf, Option<Problem>); 3] {
+pub fn configurations(paths: &Paths) -> [(PathBuf, Option<Problem>); 4] {
+    let freezer = freezer_file::path(paths);
+    let freezer_problem = freezer_file::load(&freezer).err();
     [
         (filterd_file::path(paths), filterd_file::load(paths).err()),
         (TargetConfig::file(paths), TargetConfig::load(paths).err()),
         (AgentConfig::file(paths), AgentConfig::load(paths).err()),
+        (freezer, freezer_problem),
     ]
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use farshore_blkfilter::control::client::Client;
 use farshore_changelog::codec;
-use farshore_extent::Problem;
+use farshore_extent::{PointKind, Problem};
 use farshore_protocol::admin::{AgentReply, AgentRequest, AgentStatus, TargetReply, TargetRequest};
 use farshore_protocol::paths::Paths;
 use serde::Serialize;
@@ -15,6 +15,9 @@ use serde::de::DeserializeOwned;
 
 /// Longest wait for an ordinary answer.
 const ANSWER: Duration = Duration::from_secs(30);
+
+/// Longest wait for a point that waits for hooks; the daemons give up before.
+const HOOKS: Duration = Duration::from_secs(480);
 
 /// A role with a local socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +116,8 @@ pub fn filterd(paths: &Paths) -> Result<Client, Problem> {
 /// # Errors
 /// Its own problem, or 5xxx when it does not answer.
 pub fn agent(paths: &Paths, request: &AgentRequest) -> Result<AgentReply, Problem> {
-    exchange(Role::Agent, &paths.agent_socket(), request, ANSWER)
+    let limit = if matches!(request, AgentRequest::Tag { .. }) { HOOKS } else { ANSWER };
+    exchange(Role::Agent, &paths.agent_socket(), request, limit)
 }
 
 /// What the agent says of itself and its volumes.
@@ -123,7 +127,7 @@ pub fn agent(paths: &Paths, request: &AgentRequest) -> Result<AgentReply, Proble
 pub fn agent_status(paths: &Paths) -> Result<AgentStatus, Problem> {
     match agent(paths, &AgentRequest::Status)? {
         AgentReply::Status(status) => Ok(status),
-        AgentReply::Events(_) => Err(unexpected(Role::Agent)),
+        AgentReply::Events(_) | AgentReply::Tagged(_) => Err(unexpected(Role::Agent)),
     }
 }
 
@@ -133,7 +137,11 @@ pub fn agent_status(paths: &Paths) -> Result<AgentStatus, Problem> {
 /// Its own problem, or 5xxx when it does not answer.
 pub fn target(paths: &Paths, request: &TargetRequest) -> Result<TargetReply, Problem> {
     // Tagging waits for the source and for the disk.
-    let limit = if matches!(request, TargetRequest::Tag { .. }) { ANSWER * 4 } else { ANSWER };
+    let limit = match request {
+        TargetRequest::Tag { kind: PointKind::App, .. } => HOOKS,
+        TargetRequest::Tag { .. } => ANSWER * 4,
+        _ => ANSWER,
+    };
     exchange(Role::Target, &paths.target_socket(), request, limit)
 }
 

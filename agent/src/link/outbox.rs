@@ -62,7 +62,8 @@ impl Outbox {
             | FromAgent::Renew { .. }
             | FromAgent::Open(_)
             | FromAgent::Close { .. }
-            | FromAgent::Tagged { .. } => {
+            | FromAgent::Tagged { .. }
+            | FromAgent::PointNote { .. } => {
                 if let FromAgent::Open(open) = &message {
                     waiting.batches.remove(&open.volume);
                 } else if let FromAgent::Close { volume, .. } = &message {

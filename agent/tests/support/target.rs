@@ -119,6 +119,7 @@ pub struct Shared {
     pub certificate_days: i64,
     pub point_interval_ms: u64,
     pub tagged: Vec<(u64, Result<Lsn, Problem>)>,
+    pub notes: Vec<u16>,
     pub reports: u32,
     /// Wakes connections: a message for all of them; none closes them.
     pub say: Vec<mpsc::UnboundedSender<Option<FromTarget>>>,
@@ -150,6 +151,7 @@ impl FakeTarget {
             certificate_days: 365,
             point_interval_ms: 0,
             tagged: Vec::new(),
+            notes: Vec::new(),
             reports: 0,
             say: Vec::new(),
         }));
@@ -340,6 +342,10 @@ fn take(frame: Frame, ca: &Ca, shared: &Mutex<Shared>) -> Vec<FromTarget> {
         }
         FromAgent::Tagged { request, result } => {
             shared.tagged.push((request, result));
+            vec![]
+        }
+        FromAgent::PointNote { problem, .. } => {
+            shared.notes.push(problem.code.0);
             vec![]
         }
         FromAgent::Ping(n) => vec![FromTarget::Pong(n)],

@@ -43,7 +43,7 @@ pub struct Access {
 }
 
 impl Access {
-    fn allows(&self, peer: Peer) -> bool {
+    pub(crate) fn allows(&self, peer: Peer) -> bool {
         peer.uid == 0
             || peer.uid == geteuid().as_raw()
             || self.uids.contains(&peer.uid)

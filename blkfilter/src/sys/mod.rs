@@ -8,6 +8,7 @@
 pub mod aligned;
 pub mod clock;
 pub mod fdpass;
+pub mod freeze;
 pub mod info;
 pub mod isolate;
 pub mod netlink;

@@ -3,8 +3,11 @@
 //!
 //! The types are also the source of `--json`: fields may be added, never renamed.
 
+mod cut;
+
 use std::path::PathBuf;
 
+pub use cut::CutPoint;
 use farshore_extent::{
     CaptureOrder, HostId, Lsn, PairState, PointId, PointKind, ViewId, VolumeId, VolumeName,
     VolumeSize, WallTime,
@@ -362,6 +365,9 @@ pub struct PointInfo {
     pub name: String,
     /// Kept whatever the policy says.
     pub pinned: bool,
+    /// What there is to say of it: why it is not application-consistent, or what went wrong after
+    /// it.
+    pub note: Option<farshore_extent::Problem>,
 }
 
 /// State of a replica.
@@ -466,6 +472,16 @@ pub enum AgentRequest {
         /// At most so many; 0 is all that are kept.
         limit: u32,
     },
+    /// Cut a named point now. Answered when its marker is placed and its hooks are done, whether or
+    /// not the target is there.
+    Tag {
+        /// Volumes of this host.
+        volumes: Vec<VolumeName>,
+        /// The name.
+        name: String,
+        /// Make the applications quiet for it.
+        app: bool,
+    },
 }
 
 /// From the agent.
@@ -474,6 +490,7 @@ pub enum AgentRequest {
 pub enum AgentReply {
     Status(AgentStatus),
     Events(Vec<EventInfo>),
+    Tagged(CutPoint),
 }
 
 /// State of the agent.

@@ -63,6 +63,16 @@ pub enum FromAgent {
     },
     /// Answered by [`FromTarget::Pong`].
     Ping(u64),
+    /// Something to be said of a point: why it is not application-consistent, or what went wrong
+    /// after it. Sent before the `Tagged` of the same point, and lost with a connection.
+    PointNote {
+        /// Of which volumes.
+        volumes: Vec<VolumeId>,
+        /// Where the point is.
+        lsn: Lsn,
+        /// What there is to say.
+        problem: Problem,
+    },
 }
 
 /// What the source says when it opens a volume.
@@ -162,7 +172,9 @@ pub enum FromTarget {
         /// Milliseconds between points cut by the source; 0 is none.
         point_interval_ms: u64,
     },
-    /// Cut a marker now over these volumes; answered by `Tagged`.
+    /// Cut a marker now over these volumes; answered by `Tagged`. With [`PointKind::App`] the
+    /// source makes the applications quiet for it, which takes as long as their hooks; where that
+    /// fails the point is crash-consistent, and a `PointNote` says why.
     Tag {
         /// Comes back.
         request: u64,

@@ -45,6 +45,12 @@ impl Paths {
         self.run.join("agent.sock")
     }
 
+    /// Socket of the freezer.
+    #[must_use]
+    pub fn freezer_socket(&self) -> PathBuf {
+        self.run.join("freezer.sock")
+    }
+
     /// Admin socket of the target daemon.
     #[must_use]
     pub fn target_socket(&self) -> PathBuf {

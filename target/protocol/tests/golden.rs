@@ -17,10 +17,10 @@ use farshore_extent::{
     PointKind, Problem, Seq, ViewId, VolumeId, VolumeName, VolumeSize, WallTime,
 };
 use farshore_protocol::admin::{
-    AgentReply, AgentRequest, AgentStatus, AgentVolume, EventInfo, FlattenInfo, FlattenState,
-    FlattenView, HostInfo, MergedPoints, OpenView, PointChoice, PointInfo, PolicyInfo,
-    PolicyReport, ReplicaStatus, SetPolicy, SpoolInfo, SpoolLevel, TargetReply, TargetRequest,
-    TierReport, ViewInfo,
+    AgentReply, AgentRequest, AgentStatus, AgentVolume, CutPoint, EventInfo, FlattenInfo,
+    FlattenState, FlattenView, HostInfo, MergedPoints, OpenView, PointChoice, PointInfo,
+    PolicyInfo, PolicyReport, ReplicaStatus, SetPolicy, SpoolInfo, SpoolLevel, TargetReply,
+    TargetRequest, TierReport, ViewInfo,
 };
 use farshore_protocol::message::{
     FromAgent, FromTarget, OpenVolume, Opened, Verdict, VolumeReport,
@@ -104,6 +104,7 @@ fn from_agent() -> Vec<FromAgent> {
         FromAgent::Tagged { request: 7, result: Ok(lsn()) },
         FromAgent::Tagged { request: 8, result: Err(problem()) },
         FromAgent::Ping(9),
+        FromAgent::PointNote { volumes: vec![volume()], lsn: lsn(), problem: problem() },
     ]
 }
 
@@ -118,6 +119,7 @@ const fn from_agent_name(message: &FromAgent) -> &'static str {
         FromAgent::Tagged { result: Ok(_), .. } => "tagged",
         FromAgent::Tagged { result: Err(_), .. } => "not-tagged",
         FromAgent::Ping(_) => "ping",
+        FromAgent::PointNote { .. } => "point-note",
     }
 }
 
@@ -274,6 +276,7 @@ fn point_info() -> PointInfo {
         kind: PointKind::Crash,
         name: String::new(),
         pinned: true,
+        note: Some(problem()),
     }
 }
 
@@ -445,13 +448,27 @@ fn agent_reply() -> Vec<Result<AgentReply, Problem>> {
         retry_in_ms: Some(1_000),
         volumes: vec![volume],
     };
-    vec![Ok(AgentReply::Status(status)), Ok(AgentReply::Events(vec![event()])), Err(problem())]
+    let cut = CutPoint {
+        volumes: vec![name()],
+        lsn: lsn(),
+        time: time(),
+        kind: PointKind::Crash,
+        name: "before-upgrade".into(),
+        note: Some(problem()),
+    };
+    vec![
+        Ok(AgentReply::Status(status)),
+        Ok(AgentReply::Events(vec![event()])),
+        Err(problem()),
+        Ok(AgentReply::Tagged(cut)),
+    ]
 }
 
 const fn agent_reply_name(reply: &Result<AgentReply, Problem>) -> &'static str {
     match reply {
         Ok(AgentReply::Status(_)) => "status",
         Ok(AgentReply::Events(_)) => "events",
+        Ok(AgentReply::Tagged(_)) => "tagged",
         Err(_) => "problem",
     }
 }
@@ -460,6 +477,7 @@ const fn agent_request_name(request: &AgentRequest) -> &'static str {
     match request {
         AgentRequest::Status => "status",
         AgentRequest::Events { .. } => "events",
+        AgentRequest::Tag { .. } => "tag",
     }
 }
 
@@ -512,7 +530,11 @@ fn requests_and_replies_of_the_admin_sockets_keep_their_bytes() {
     let requests = [target_request(), failover::requests()].concat();
     pin("target-request.txt", &requests, target_request_name);
     pin("target-reply.txt", &target_reply(), target_reply_name);
-    let agent_request = [AgentRequest::Status, AgentRequest::Events { limit: 50 }];
+    let agent_request = [
+        AgentRequest::Status,
+        AgentRequest::Events { limit: 50 },
+        AgentRequest::Tag { volumes: vec![name()], name: "before-upgrade".into(), app: true },
+    ];
     pin("agent-request.txt", &agent_request, agent_request_name);
     pin("agent-reply.txt", &agent_reply(), agent_reply_name);
 }

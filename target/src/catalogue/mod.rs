@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farshore_extent::{
-    BlockSizes, HostId, Lsn, MarkerId, PointId, PointKind, ViewId, VolumeId, VolumeName,
+    BlockSizes, HostId, Lsn, MarkerId, PointId, PointKind, Problem, ViewId, VolumeId, VolumeName,
     VolumeSize, WallTime,
 };
 
@@ -266,6 +266,16 @@ pub trait Catalogue: Failovers + Send {
         volume: VolumeId,
         durable: Lsn,
     ) -> Result<usize, CatalogueError>;
+
+    /// Something to be said of the point at a place, which may come later. The oldest go.
+    fn add_point_note(
+        &mut self,
+        volume: VolumeId,
+        lsn: Lsn,
+        problem: &Problem,
+    ) -> Result<(), CatalogueError>;
+    /// What was said first.
+    fn point_note(&self, volume: VolumeId, lsn: Lsn) -> Result<Option<Problem>, CatalogueError>;
 
     /// Also when it is known already.
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError>;

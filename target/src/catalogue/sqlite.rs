@@ -3,13 +3,14 @@
 //! Places are stored as 16 big-endian bytes, so that SQLite orders them as we do.
 
 mod failover;
+mod schema;
 #[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
 
 use farshore_extent::{
-    BlockSizes, Epoch, HostId, Lsn, MarkerId, PointId, PointKind, Seq, ViewId, VolumeId,
+    BlockSizes, Epoch, HostId, Lsn, MarkerId, PointId, PointKind, Problem, Seq, ViewId, VolumeId,
     VolumeName, VolumeSize, WallTime,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -19,58 +20,12 @@ use super::{
     PointSummary, Scrub, ViewRow, VolumeRow, Wanted,
 };
 
-const VERSION: i64 = 4;
+use schema::{SCHEMA, TO_VERSION_2, TO_VERSION_3, TO_VERSION_5, VERSION};
+
 /// Events kept; the oldest go.
 const MAX_EVENTS: i64 = 10_000;
-
-const SCHEMA: &str = "
-CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
-CREATE TABLE hosts (
-  host BLOB PRIMARY KEY, name TEXT NOT NULL, enrolled INTEGER NOT NULL,
-  removed INTEGER NOT NULL) STRICT;
-CREATE TABLE tokens (
-  hash BLOB PRIMARY KEY, host_name TEXT NOT NULL, expires INTEGER NOT NULL) STRICT;
-CREATE TABLE volumes (
-  volume BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, host BLOB NOT NULL,
-  size INTEGER NOT NULL, logical INTEGER NOT NULL, physical INTEGER NOT NULL,
-  point_interval_ms INTEGER NOT NULL, unprotected INTEGER NOT NULL,
-  points_upto BLOB NOT NULL, policy TEXT NOT NULL DEFAULT '') STRICT;
-CREATE TABLE points (
-  point INTEGER PRIMARY KEY AUTOINCREMENT, volume BLOB NOT NULL, lsn BLOB NOT NULL,
-  time INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, marker BLOB NOT NULL,
-  pinned INTEGER NOT NULL, recorded INTEGER NOT NULL, UNIQUE (volume, lsn)) STRICT;
-CREATE TABLE views (
-  view BLOB PRIMARY KEY, volume BLOB NOT NULL, lsn BLOB NOT NULL, opened INTEGER NOT NULL,
-  open_micros INTEGER NOT NULL, closed INTEGER, note TEXT, time INTEGER, point INTEGER,
-  size INTEGER, export TEXT, read_only INTEGER, scratch_bytes INTEGER, tls_address TEXT,
-  device TEXT, device_lost TEXT, image TEXT, flatten_to TEXT, flatten_rate INTEGER,
-  flatten_force INTEGER, flatten_code INTEGER, flatten_why TEXT) STRICT;
-CREATE TABLE events (
-  event INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, code INTEGER NOT NULL,
-  volume TEXT, text TEXT NOT NULL) STRICT;
-";
-
-/// From version 1 to 2: volumes have a retention policy.
-const TO_VERSION_2: &str = "ALTER TABLE volumes ADD COLUMN policy TEXT NOT NULL DEFAULT '';";
-
-/// From version 2 to 3: views are opened again. Those of before have ended with their daemon.
-const TO_VERSION_3: &str = "
-ALTER TABLE views ADD COLUMN time INTEGER;
-ALTER TABLE views ADD COLUMN point INTEGER;
-ALTER TABLE views ADD COLUMN size INTEGER;
-ALTER TABLE views ADD COLUMN export TEXT;
-ALTER TABLE views ADD COLUMN read_only INTEGER;
-ALTER TABLE views ADD COLUMN scratch_bytes INTEGER;
-ALTER TABLE views ADD COLUMN tls_address TEXT;
-ALTER TABLE views ADD COLUMN device TEXT;
-ALTER TABLE views ADD COLUMN device_lost TEXT;
-ALTER TABLE views ADD COLUMN image TEXT;
-ALTER TABLE views ADD COLUMN flatten_to TEXT;
-ALTER TABLE views ADD COLUMN flatten_rate INTEGER;
-ALTER TABLE views ADD COLUMN flatten_force INTEGER;
-ALTER TABLE views ADD COLUMN flatten_code INTEGER;
-ALTER TABLE views ADD COLUMN flatten_why TEXT;
-";
+/// Notes on points kept; the oldest go.
+const MAX_NOTES: i64 = 10_000;
 
 /// From version 3 to 4: failovers and jobs.
 const TO_VERSION_4: &str = failover::SCHEMA;
@@ -92,10 +47,11 @@ impl SqliteCatalogue {
         db.pragma_update(None, "foreign_keys", true)?;
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
         let steps: &[&str] = match version {
-            0 => &[SCHEMA, TO_VERSION_4],
-            1 => &[TO_VERSION_2, TO_VERSION_3, TO_VERSION_4],
-            2 => &[TO_VERSION_3, TO_VERSION_4],
-            3 => &[TO_VERSION_4],
+            0 => &[SCHEMA, TO_VERSION_4, TO_VERSION_5],
+            1 => &[TO_VERSION_2, TO_VERSION_3, TO_VERSION_4, TO_VERSION_5],
+            2 => &[TO_VERSION_3, TO_VERSION_4, TO_VERSION_5],
+            3 => &[TO_VERSION_4, TO_VERSION_5],
+            4 => &[TO_VERSION_5],
             VERSION => &[],
             newer => return Err(CatalogueError::Newer(newer)),
         };
@@ -455,6 +411,36 @@ impl Catalogue for SqliteCatalogue {
         )?;
         step.commit()?;
         Ok(gone)
+    }
+
+    fn add_point_note(
+        &mut self,
+        volume: VolumeId,
+        lsn: Lsn,
+        problem: &Problem,
+    ) -> Result<(), CatalogueError> {
+        let step = self.db.transaction()?;
+        step.execute(
+            "INSERT INTO point_notes (volume, lsn, problem) VALUES (?, ?, ?)",
+            params![
+                volume.to_bytes(),
+                lsn_bytes(lsn),
+                serde_json::to_string(problem).map_err(damaged)?
+            ],
+        )?;
+        let oldest = step.last_insert_rowid() - MAX_NOTES;
+        step.execute("DELETE FROM point_notes WHERE number <= ?", [oldest])?;
+        step.commit()?;
+        Ok(())
+    }
+
+    fn point_note(&self, volume: VolumeId, lsn: Lsn) -> Result<Option<Problem>, CatalogueError> {
+        let sql = "SELECT problem FROM point_notes WHERE volume = ? AND lsn = ?
+            ORDER BY number LIMIT 1";
+        let which = params![volume.to_bytes(), lsn_bytes(lsn)];
+        let text: Option<String> =
+            self.db.prepare_cached(sql)?.query_row(which, |row| row.get(0)).optional()?;
+        text.map(|text| serde_json::from_str(&text)).transpose().map_err(damaged)
     }
 
     fn put_view(&mut self, view: &ViewRow) -> Result<(), CatalogueError> {

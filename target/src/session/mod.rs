@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use farshore_changelog::limits::MAX_BATCH_BYTES;
 use farshore_changelog::{BatchError, RawBatch};
-use farshore_extent::{HostId, Problem, VolumeId, WallTime};
+use farshore_extent::{HostId, Lsn, Problem, VolumeId, WallTime};
 use farshore_protocol::message::{FromAgent, FromTarget, OpenVolume, VolumeReport};
 use farshore_protocol::version;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -275,6 +275,10 @@ impl Peer {
                 self.session.outbox.send(FromTarget::Pong(n));
                 Ok(())
             }
+            FromAgent::PointNote { volumes, lsn, problem } => {
+                self.point_note(&volumes, lsn, problem).await;
+                Ok(())
+            }
         }
     }
 
@@ -354,6 +358,26 @@ impl Peer {
             });
         }
         Ok(())
+    }
+
+    /// Of volumes that this source has opened; others are none of its business.
+    async fn point_note(&self, volumes: &[VolumeId], lsn: Lsn, mut problem: Problem) {
+        for text in [&mut problem.what, &mut problem.risk, &mut problem.why, &mut problem.next] {
+            *text = shorten(text);
+        }
+        let opened = volumes.iter().filter_map(|volume| self.volumes.get(volume));
+        let opened: Vec<_> = opened.take(volumes.len().min(self.volumes.len())).cloned().collect();
+        let noted = blocking(&self.daemon, move |d| {
+            for replica in opened {
+                let text = format!("point at {lsn}: {}: {}", problem.what, problem.why);
+                d.catalogue.note(problem.code.0, Some(&replica.name()), text);
+                d.catalogue.lock().add_point_note(replica.volume, lsn, &problem)?;
+            }
+            Ok(())
+        });
+        if let Err(problem) = noted.await {
+            tracing::warn!(%problem, "a note on a point was not kept");
+        }
     }
 
     async fn detach_all(&self) {

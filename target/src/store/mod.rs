@@ -68,6 +68,7 @@ pub use faults::Faults;
 pub use inspect::{InspectedBatch, InspectedSegment, inspect, inspect_segment};
 pub use loss::{Behind, Written};
 pub use offline::OfflineStore;
+pub(crate) use order::behind;
 pub use order::{CommittedPoint, OrderedStretch, StoreEvent};
 pub use read_only::ReadOnlyDisk;
 pub(crate) use read_only::same_file;

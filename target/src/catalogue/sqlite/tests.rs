@@ -185,6 +185,21 @@ fn a_view_is_known_until_it_is_closed_and_may_lose_its_device() {
 }
 
 #[test]
+fn what_is_said_of_a_point_is_there_with_it_and_may_come_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut catalogue = SqliteCatalogue::open(&dir.path().join("c.sqlite")).unwrap();
+    let (volume, other) = (VolumeId::random(), VolumeId::random());
+    let late = Problem::harmless(3404, "a hook was late", "30s", "raise it");
+    let post = Problem::harmless(3403, "a post hook failed", "1", "mend it");
+    for problem in [&late, &post] {
+        catalogue.add_point_note(volume, at(1, 5), problem).unwrap();
+    }
+    assert_eq!(catalogue.point_note(volume, at(1, 5)).unwrap(), Some(late), "the first");
+    assert_eq!(catalogue.point_note(volume, at(1, 6)).unwrap(), None);
+    assert_eq!(catalogue.point_note(other, at(1, 5)).unwrap(), None);
+}
+
+#[test]
 fn a_token_works_once_and_not_after_its_time() {
     let (_dir, mut catalogue) = fresh();
     let time = WallTime::from_nanos;

@@ -14,6 +14,9 @@ use super::limits::MAX_PENDING_MARKERS;
 pub struct CommittedPoint {
     /// Its place: the state after every record up to it.
     pub lsn: Lsn,
+    /// The place of the record that made it a point: the marker's own, or behind it that of its
+    /// commit.
+    pub known: Lsn,
     /// Capture time of the marker.
     pub time: WallTime,
     /// Its identity.
@@ -143,8 +146,8 @@ impl OrderBook {
         match &event.record.body {
             RecordBody::Marker(marker) => self.marker(lsn, time, marker, out),
             RecordBody::MarkerCommit(id) => {
-                if let Some((lsn, time, marker)) = self.pending.remove(id) {
-                    self.point(lsn, time, &marker, out);
+                if let Some((at, time, marker)) = self.pending.remove(id) {
+                    self.point((at, time), lsn, &marker, out);
                 }
             }
             RecordBody::MarkerAbort(id) => {
@@ -204,7 +207,7 @@ impl OrderBook {
 
     fn marker(&mut self, lsn: Lsn, time: WallTime, marker: &Marker, out: &mut Vec<StoreEvent>) {
         match marker.state {
-            MarkerState::Committed => self.point(lsn, time, marker, out),
+            MarkerState::Committed => self.point((lsn, time), lsn, marker, out),
             MarkerState::Pending => {
                 self.pending.insert(marker.id, (lsn, time, marker.clone()));
                 if self.pending.len() > MAX_PENDING_MARKERS {
@@ -218,11 +221,18 @@ impl OrderBook {
         }
     }
 
-    fn point(&self, lsn: Lsn, time: WallTime, marker: &Marker, out: &mut Vec<StoreEvent>) {
+    fn point(
+        &self,
+        (lsn, time): (Lsn, WallTime),
+        known: Lsn,
+        marker: &Marker,
+        out: &mut Vec<StoreEvent>,
+    ) {
         out.push(match self.at(lsn) {
             CaptureOrder::CatchUp => StoreEvent::MarkerDropped { marker: marker.id, lsn },
             CaptureOrder::Ordered => StoreEvent::Point(CommittedPoint {
                 lsn,
+                known,
                 time,
                 marker: marker.id,
                 kind: marker.kind,

@@ -91,14 +91,14 @@ impl Worker {
     }
 
     /// Rows of points that were durable but not recorded when the daemon stopped, or whose
-    /// catalogue was lost. Those at or before `upto` were recorded; they may have expired since.
+    /// catalogue was lost. What was known at `upto` was recorded; it may have expired since.
     pub(super) fn replay_points(&mut self, upto: Lsn) -> Result<(), StoreError> {
         let Some(store) = &self.store else { return Ok(()) };
         let durable = store.position().durable;
         let mut missed = Vec::new();
         if upto < durable {
             store.history(|event| match event {
-                StoreEvent::Point(point) if point.lsn > upto => missed.push(point),
+                StoreEvent::Point(point) if point.known > upto => missed.push(point),
                 _ => {}
             })?;
         }

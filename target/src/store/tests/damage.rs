@@ -484,6 +484,12 @@ fn a_marker_is_a_point_only_when_committed_and_in_order() {
     assert_eq!(points(&told), [(4, id(3))]);
     assert_eq!(points(&history(&store)), [(3, id(2)), (4, id(3))]);
     let place = |n| Lsn::new(Epoch::new(1), Seq::new(n));
+    // A catalogue that knew everything up to 7 lacks the second.
+    let known = history(&store).into_iter().filter_map(|event| match event {
+        StoreEvent::Point(point) => Some(point.known),
+        _ => None,
+    });
+    assert_eq!(known.collect::<Vec<_>>(), [place(3), place(8)]);
     assert!(!store.is_ordered_at(place(1)) && store.is_ordered_at(place(2)));
     assert!(store.is_ordered_at(place(6)) && !store.is_ordered_at(place(7)));
     assert!(matches!(store.open_view(place(8)), Err(ViewError::NotOrdered { .. })));

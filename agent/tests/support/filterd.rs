@@ -221,7 +221,6 @@ impl FakeFilterd {
                 s.append(volume, DescriptorBody::OrderLost);
                 Ok(Reply::Done)
             }),
-            // It is told with each volume that the target takes.
             Request::Compared { .. } | Request::Fence { fence: None, .. } => Ok(Reply::Done),
             other => panic!("the agent has no business with {other:?}"),
         })
